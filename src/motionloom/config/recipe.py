@@ -1,0 +1,310 @@
+"""The recipe: one typed, frozen tree that says everything about a run.
+
+Sections and keys follow the mmdit YAML where they fit, so a YAML written for mmdit loads (``mmdit.py``).
+Every key here is read by some code; a key that nothing reads does not belong in the tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+
+Positive = Annotated[int, Field(gt=0)]
+NotNegative = Annotated[int, Field(ge=0)]
+Byte = Annotated[int, Field(ge=0, le=255)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """Frozen, and deaf to unknown keys: they are refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
+        # pydantic reads true as 1, which would make `batch_size: true` a batch of one.
+        field = cls.model_fields[info.field_name or ""]
+        if isinstance(value, bool) and field.annotation is not bool:
+            raise ValueError("true and false do not stand for a value here")
+        return value
+
+
+class VideoConfig(Section):
+    """The clip that training sees."""
+
+    width: Positive = 256
+    height: Positive = 256
+    fps: Annotated[float, Field(gt=0, le=240)] = 16.0
+    num_frames: Positive = 16
+    frame_stride: Positive = Field(default=1, description="Take every n-th frame of the source at `fps`.")
+
+
+class BucketingConfig(Section):
+    """Sizes that clips are sorted into; off: every clip takes `video.width` x `video.height`."""
+
+    enabled: bool = False
+    strategy: Literal["closest_ar"] = "closest_ar"
+    buckets: tuple[tuple[Positive, Positive], ...] = Field(default=(), description="[width, height] pairs.")
+    frames: tuple[Positive, ...] = Field(default=(), description="Lengths; empty: `video.num_frames` alone.")
+
+
+class PreprocessConfig(Section):
+    """From source pixels to the size of a bucket."""
+
+    crop: Literal["center", "shifted"] = "center"
+    shift_fraction: Fraction = Field(default=1.0, description="How far a shifted crop may leave the centre.")
+    num_crops: Positive = 1
+    seed: NotNegative | None = Field(default=None, description="Of the shifts; none: the recipe's seed.")
+    background: tuple[Byte, Byte, Byte] = Field(
+        default=(255, 255, 255), description="Colour behind transparent clips, 0-255."
+    )
+
+
+class TokenizerConfig(Section):
+    """Pixels <-> latents. `patch` is fitted in closed form on the first clips that it sees."""
+
+    type: Literal["patch"] = "patch"
+    name_or_path: str = Field(
+        default="", description="A saved tokenizer; empty: fit a new one while caching."
+    )
+    latent_f: Positive = Field(default=8, description="Pixels per latent cell.")
+    latent_t: Positive = Field(default=4, description="Frames per latent frame.")
+    latent_d: Positive = Field(default=48, description="Channels.")
+    first_alone: bool = Field(default=False, description="First frame alone, then groups of latent_t.")
+    fit_clips: Positive = Field(default=512, description="How many clips the basis is fitted on.")
+
+
+class TextEncoderConfig(Section):
+    """Captions -> token embeddings."""
+
+    type: Literal["hash", "hf"] = "hash"
+    dim: Positive = Field(default=256, description="hash only; hf models bring their own.")
+    vocab_size: Positive = Field(default=4096, description="hash only.")
+    max_length: Positive = 32
+    name_or_path: str = Field(default="", description="hf only: a local folder or a hub name.")
+    trainable: bool = Field(default=True, description="hash only: train the table with the model.")
+    dtype: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="hf only.")
+
+
+class ModelConfig(Section):
+    """The backbone."""
+
+    type: Literal["factorized", "joint"] = "factorized"
+    dim: Positive = 512
+    depth: Positive = 8
+    num_heads: Positive = 8
+    mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
+    window_size: Positive = Field(
+        default=8, description="factorized only: side of a spatial window, in tokens."
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    patch: tuple[Positive, Positive, Positive] = Field(
+        default=(1, 1, 1), description="Latent cells (frames, rows, columns) per token."
+    )
+    prediction: Literal["velocity", "clean", "noise"] = Field(
+        default="velocity", description="What the network's output means; the loss follows `train.objective`."
+    )
+    checkpoint_blocks: bool = Field(default=False, description="Recompute blocks in the backward pass.")
+
+
+class PlanConfig(Section):
+    """What each token is."""
+
+    type: Literal["text_to_video", "first_frame", "scenes", "chunks"] = "text_to_video"
+    probability: Fraction = Field(default=0.5, description="first_frame: how often it is given in training.")
+    expand_probability: Fraction = Field(
+        default=0.5, description="scenes: how often all but the last are given."
+    )
+    frames: Positive = Field(default=3, description="chunks: latent frames of a chunk.")
+    first_alone: bool = Field(default=False, description="chunks: chunk 0 is one frame.")
+    window: Positive | None = Field(
+        default=None, description="chunks: visible chunks, the present one included."
+    )
+    sinks: NotNegative = Field(default=0, description="chunks: first chunks that stay visible.")
+    forcing: Literal["diffusion", "teacher"] = Field(default="diffusion", description="chunks.")
+
+
+class DiffusionConfig(Section):
+    """Discrete noise schedule, for `train.objective: ddpm_*`."""
+
+    num_timesteps: Positive = 1000
+    schedule: Literal["cosine", "linear"] = "cosine"
+
+
+class FlowMatchingConfig(Section):
+    """Path and training times, for `train.objective: flow`."""
+
+    path: Literal["linear", "cosine"] = "linear"
+    times: Literal["uniform", "logit_normal"] = "uniform"
+    mean: float = Field(default=0.0, description="logit_normal.")
+    std: Annotated[float, Field(gt=0)] = Field(default=1.0, description="logit_normal.")
+    shift: Annotated[float, Field(gt=0)] = Field(default=1.0, description="> 1 moves times towards noise.")
+    t_min: Fraction = 0.0
+    t_max: Fraction = 1.0
+    weighting: Literal["uniform", "min_snr", "eps", "bell", "cosmap"] = "uniform"
+    min_snr_gamma: Annotated[float, Field(gt=0)] = 5.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> FlowMatchingConfig:
+        if self.t_min >= self.t_max:
+            raise ValueError(
+                f"flow_matching.t_min {self.t_min} is not below flow_matching.t_max {self.t_max}: swap them"
+            )
+        return self
+
+
+class TrainConfig(Section):
+    """The optimisation."""
+
+    objective: Literal["flow", "ddpm_eps", "ddpm_v"] = "flow"
+    precision: Literal["bf16", "fp32"] = "bf16"
+    compile: bool = Field(default=False, description="Compile each block.")
+    batch_size: Positive = Field(default=8, description="Per rank and micro-batch.")
+    grad_accum_steps: Positive = 1
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    warmup_steps: NotNegative = 0
+    min_lr_ratio: Fraction = Field(default=0.0, description="Where cosine and linear end, as a part of `lr`.")
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
+    max_steps: Positive = 1000
+    max_minutes: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="Stop cleanly, with a checkpoint, after so long; a resume goes on."
+    )
+    cfg_dropout_prob: Fraction = Field(
+        default=0.1, description="How often a caption is replaced by the empty one."
+    )
+    log_every_steps: Positive = 50
+    save_every_steps: Positive = 500
+    keep_checkpoints: Annotated[int, Field(ge=1)] = Field(
+        default=2, description="The newest K; the last always."
+    )
+    heldout_fraction: Fraction = Field(default=0.05, description="Of the cache, kept out of training.")
+    heldout_every_steps: NotNegative = Field(default=0, description="0: only at the end.")
+    sharding: Literal["ddp", "fsdp"] = "ddp"
+    init_from: str = Field(default="", description="Checkpoint whose weights to start from; a new run.")
+    sample_every_steps: NotNegative = Field(default=0, description="0: no samples while training.")
+    sample_prompts: tuple[str, ...] = Field(default=(), description="None: the first held-out captions.")
+    sample_num_images: Positive = 4
+    sample_num_steps: Positive = 50
+    sample_solver: Literal["euler", "heun", "dpmpp_2m", "ddim"] = "euler"
+    sample_eta: Fraction = Field(default=0.0, description="ddim only.")
+    sample_cfg_scale: Annotated[float, Field(ge=0)] = 5.0
+    sample_cfg_interval: tuple[Fraction, Fraction] = (0.0, 1.0)
+    sample_cfg_rescale: Fraction = 0.0
+    sample_shift: Annotated[float, Field(gt=0)] = 1.0
+    sample_seed: NotNegative = 0
+
+
+class EmaConfig(Section):
+    """Moving average of the weights."""
+
+    enabled: bool = True
+    decay: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    update_every: Positive = 1
+    start_step: NotNegative = 0
+    use_for_sampling: bool = True
+
+
+class Recipe(Section):
+    """A whole run.
+
+    Raises:
+        pydantic.ValidationError: a wrong value, or values that do not fit together (``load_recipe`` turns it
+            into one line).
+    """
+
+    experiment_name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    output_dir: str = "runs"
+    seed: NotNegative = 42
+    num_workers: NotNegative = Field(default=2, description="Threads that read the cache.")
+    video: VideoConfig = VideoConfig()
+    bucketing: BucketingConfig = BucketingConfig()
+    preprocess: PreprocessConfig = PreprocessConfig()
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    text_encoder: TextEncoderConfig = TextEncoderConfig()
+    model: ModelConfig = ModelConfig()
+    plan: PlanConfig = PlanConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    flow_matching: FlowMatchingConfig = FlowMatchingConfig()
+    train: TrainConfig = TrainConfig()
+    ema: EmaConfig = EmaConfig()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Recipe:
+        if problem := next(_misfits(self), None):
+            raise ValueError(problem)
+        return self
+
+
+def _misfits(r: Recipe) -> Iterator[str]:
+    """Cross-field problems, each with its mend."""
+    if r.model.dim % (2 * r.model.num_heads):
+        # Rotary positions turn pairs of channels, so every head needs an even number of them.
+        fitting = [h for h in range(1, r.model.num_heads) if r.model.dim % (2 * h) == 0]
+        yield (
+            f"model.dim {r.model.dim} does not divide into model.num_heads {r.model.num_heads} heads of an "
+            f"even width: use {f'num_heads {fitting[-1]}' if fitting else 'an even dim'}"
+        )
+    if r.text_encoder.type == "hf" and not r.text_encoder.name_or_path:
+        yield "text_encoder.name_or_path is empty but text_encoder.type is hf: give a folder or hub name"
+    if r.bucketing.enabled and not r.bucketing.buckets:
+        yield "bucketing.enabled is true but bucketing.buckets is empty: list [width, height] pairs"
+    if r.train.sample_cfg_interval[0] >= r.train.sample_cfg_interval[1]:
+        yield "train.sample_cfg_interval must be [low, high] with low < high"
+    if r.train.objective != "flow" and r.flow_matching.path != "linear":
+        yield "flow_matching.path cosine needs train.objective flow: use path linear or objective flow"
+    if r.train.schedule != "constant" and r.train.warmup_steps >= r.train.max_steps:
+        yield (
+            f"train.warmup_steps {r.train.warmup_steps} leaves none of train.max_steps {r.train.max_steps} "
+            f"for the {r.train.schedule} schedule: use fewer"
+        )
+    most = r.tokenizer.latent_f**2 * 3 * (1 if r.tokenizer.first_alone else r.tokenizer.latent_t)
+    if r.tokenizer.type == "patch" and r.tokenizer.latent_d > most:
+        yield f"tokenizer.latent_d {r.tokenizer.latent_d} is more than a patch has values: use at most {most}"
+    yield from _size_misfits(r)
+    yield from _length_misfits(r)
+
+
+def _size_misfits(r: Recipe) -> Iterator[str]:
+    """Widths and heights that do not divide into tokens."""
+    _, rows, columns = r.model.patch
+    steps = (r.tokenizer.latent_f * columns, r.tokenizer.latent_f * rows)
+    sizes = r.bucketing.buckets if r.bucketing.enabled else ((r.video.width, r.video.height),)
+    where = "a bucket's {} in bucketing.buckets:" if r.bucketing.enabled else "video.{}"
+    for size in sizes:
+        for name, pixels, step in zip(("width", "height"), size, steps, strict=True):
+            if pixels % step:
+                yield (
+                    f"{where.format(name)} {pixels} does not divide by {step} "
+                    f"(tokenizer.latent_f x model.patch): use {_neighbours(pixels, step)}"
+                )
+
+
+def _length_misfits(r: Recipe) -> Iterator[str]:
+    """Numbers of frames that do not divide into latent frames and tokens."""
+    several = r.bucketing.enabled and r.bucketing.frames
+    lengths = r.bucketing.frames if several else (r.video.num_frames,)
+    where = "bucketing.frames:" if several else "video.num_frames"
+    head, step = int(r.tokenizer.first_alone), r.tokenizer.latent_t
+    for frames in lengths:
+        if (frames - head) % step:
+            yield (
+                f"{where} {frames} is not {'1 + ' if head else ''}a multiple of tokenizer.latent_t {step}: "
+                f"use {_neighbours(frames, step, head)}"
+            )
+        elif (head + (frames - head) // step) % r.model.patch[0]:
+            yield (
+                f"{where} {frames} gives {head + (frames - head) // step} latent frames, which do not "
+                f"divide by model.patch[0] {r.model.patch[0]}: change one of them"
+            )
+
+
+def _neighbours(value: int, step: int, head: int = 0) -> str:
+    """The two values next to ``value`` of the form head + k x step, without the zero."""
+    below = (value - head) // step * step + head
+    return f"{below} or {below + step}" if below > 0 else f"{below + step}"

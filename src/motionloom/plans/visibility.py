@@ -1,0 +1,208 @@
+"""Visibility: who may look at whom. Pure predicates over token attributes that compose with ``&`` and ``|``.
+
+Every visibility has one dense reference, :func:`dense_mask`. Faster ways to compute the same attention are
+free to exist; they are right when they equal it.
+
+Shapes: B batch, Q query tokens, K key tokens.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from motionloom.plans.stream import MODALITIES, Attributes
+
+TEXT, VIDEO = MODALITIES.index("text"), MODALITIES.index("video")
+
+
+class Visibility(ABC):
+    """A predicate over (query attributes, key attributes)."""
+
+    @abstractmethod
+    def allows(self, q: Attributes, k: Attributes) -> Tensor:
+        """True where the query may see the key; ``q`` is shaped (B, Q, 1), ``k`` (B, 1, K) -> (B, Q, K)."""
+
+    @property
+    def unrestricted(self) -> bool:
+        """True only if ``allows`` is True for every pair: then no mask is built at all."""
+        return False
+
+    @property
+    def whole_frames(self) -> bool:
+        """True if two tokens of one frame of one stream always see each other.
+
+        Factorized backbones then attend within a frame without a mask.
+        """
+        return True
+
+    def __and__(self, other: Visibility) -> Visibility:
+        return Both(self, other)
+
+    def __or__(self, other: Visibility) -> Visibility:
+        return Either(self, other)
+
+
+@dataclass(frozen=True)
+class Both(Visibility):
+    a: Visibility
+    b: Visibility
+
+    def allows(self, q: Attributes, k: Attributes) -> Tensor:
+        return self.a.allows(q, k) & self.b.allows(q, k)
+
+    @property
+    def unrestricted(self) -> bool:
+        return self.a.unrestricted and self.b.unrestricted
+
+    @property
+    def whole_frames(self) -> bool:
+        return self.a.whole_frames and self.b.whole_frames
+
+
+@dataclass(frozen=True)
+class Either(Visibility):
+    a: Visibility
+    b: Visibility
+
+    def allows(self, q: Attributes, k: Attributes) -> Tensor:
+        return self.a.allows(q, k) | self.b.allows(q, k)
+
+    @property
+    def unrestricted(self) -> bool:
+        return self.a.unrestricted or self.b.unrestricted
+
+    @property
+    def whole_frames(self) -> bool:
+        return self.a.whole_frames or self.b.whole_frames
+
+
+@dataclass(frozen=True)
+class Full(Visibility):
+    """Everyone sees everyone."""
+
+    def allows(self, q: Attributes, k: Attributes) -> Tensor:
+        return torch.ones_like(q.scene_BN == k.scene_BN)
+
+    @property
+    def unrestricted(self) -> bool:
+        return True
+
+
+@dataclass(frozen=True)
+class SameScene(Visibility):
+    """Tokens of one shot see each other and nothing else."""
+
+    def allows(self, q: Attributes, k: Attributes) -> Tensor:
+        return q.scene_BN == k.scene_BN
+
+
+@dataclass(frozen=True)
+class BothVideo(Visibility):
+    """Neither of the two is text."""
+
+    def allows(self, q: Attributes, k: Attributes) -> Tensor:
+        return (q.modality_BN != TEXT) & (k.modality_BN != TEXT)
+
+
+@dataclass(frozen=True)
+class CausalChunks(Visibility):
+    """Block-causal video: a chunk sees itself and earlier chunks (CausVid, arXiv 2412.07772, section 4.1).
+
+    ``window``: how many chunks are visible, the present one included (None: all earlier ones).
+    ``sinks``: how many of the first chunks stay visible whatever the window (StreamingLLM,
+    arXiv 2309.17453). Text has no place in time: video sees all of it, and text sees only text, so that no
+    future frame can reach the past through the text tokens of a joint backbone.
+    """
+
+    window: int | None = None
+    sinks: int = 0
+
+    def allows(self, q: Attributes, k: Attributes) -> Tensor:
+        return _text_rule(q, k, self._in_time(q, k))
+
+    def _in_time(self, q: Attributes, k: Attributes) -> Tensor:
+        seen = k.chunk_BN <= q.chunk_BN
+        if self.window is not None:
+            seen = seen & ((k.chunk_BN > q.chunk_BN - self.window) | (k.chunk_BN < self.sinks))
+        return seen
+
+
+@dataclass(frozen=True)
+class TeacherForcing(Visibility):
+    """Causal chunks over ``[clean | noisy]``: clean sees clean up to its own chunk, noisy sees its own noisy
+    chunk and the clean chunks before it (Self-Forcing, arXiv 2506.08009, teacher forcing baseline).
+
+    Equal to generating from a cache written with clean latents. ``window`` and ``sinks`` as in
+    :class:`CausalChunks`.
+    """
+
+    window: int | None = None
+    sinks: int = 0
+
+    def allows(self, q: Attributes, k: Attributes) -> Tensor:
+        own = q.chunk_BN == k.chunk_BN
+        near = CausalChunks(self.window, self.sinks)._in_time(q, k)
+        clean_rule = k.context_BN & near
+        noisy_rule = (k.context_BN & near & ~own) | (~k.context_BN & own)
+        return _text_rule(q, k, torch.where(q.context_BN, clean_rule, noisy_rule))
+
+
+@dataclass(frozen=True)
+class SpatialWindow(Visibility):
+    """Tokens in the same ``size`` x ``size`` window of the frame, in any frame; text is unrestricted."""
+
+    size: int
+    shift: int = 0
+
+    def allows(self, q: Attributes, k: Attributes) -> Tensor:
+        q_window = (q.cell_BN3[..., 1:] + self.shift) // self.size
+        k_window = (k.cell_BN3[..., 1:] + self.shift) // self.size
+        text = (q.modality_BN == TEXT) | (k.modality_BN == TEXT)
+        return text | (q_window == k_window).all(-1)
+
+    @property
+    def whole_frames(self) -> bool:
+        return False
+
+
+def _text_rule(q: Attributes, k: Attributes, in_time: Tensor) -> Tensor:
+    """Every token sees text; text sees only text; the rest follows ``in_time``."""
+    return (k.modality_BN == TEXT) | ((q.modality_BN != TEXT) & in_time)
+
+
+full = Full()
+same_scene = SameScene()
+same_scene_or_both_video = SameScene() | BothVideo()
+"""Mask 1 of Mask2DiT (arXiv 2503.19881): text_i with text_i and video_i, all video with all video."""
+
+
+def causal_chunks(window: int | None = None, sinks: int = 0) -> Visibility:
+    """See :class:`CausalChunks`."""
+    return CausalChunks(window, sinks)
+
+
+def spatial_window(size: int, shift: int = 0) -> Visibility:
+    """See :class:`SpatialWindow`."""
+    return SpatialWindow(size, shift)
+
+
+def dense_mask(
+    visibility: Visibility, q: Attributes, k: Attributes, k_valid_BK: Tensor | None = None
+) -> Tensor | None:
+    """The reference: a boolean mask (B, Q, K), True where attention is allowed; None if all of it is.
+
+    Padding keys are hidden from everyone. A query that would see nothing at all (a padding query under a
+    narrow rule) is shown every valid key, so that softmax stays finite; nothing reads such a row.
+    """
+    if visibility.unrestricted:
+        return None if k_valid_BK is None else k_valid_BK[:, None, :]
+    mask_BQK = visibility.allows(q.queries(), k.keys())
+    if k_valid_BK is not None:
+        mask_BQK = mask_BQK & k_valid_BK[:, None, :]
+        nothing = ~mask_BQK.any(dim=-1, keepdim=True)
+        mask_BQK = mask_BQK | (nothing & k_valid_BK[:, None, :])
+    return mask_BQK

@@ -1,0 +1,198 @@
+"""`patch`: space-time patches in a basis fitted in closed form. No download, no training.
+
+A patch of t frames x s x s pixels x 3 colours is projected on the leading principal components of the patches of
+the first clips, and whitened: every channel has mean 0 and deviation 1 on those clips (PCA whitening, Hotelling
+1933). With ``first_alone`` the first frame has a basis of its own for patches of 1 x s x s pixels.
+
+Every latent frame decodes by itself, so stream decoding is exact.
+
+Shapes: B batch, P pixel frames, H x W pixels; F latent frames, h x w latent cells, C channels, D pixels x colours
+of a patch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from motionloom.config.recipe import TokenizerConfig
+from motionloom.errors import UserError
+from motionloom.tokenizers.base import TokenizerSpec
+
+# Directions with less deviation than this (in units of a full black-to-white step) are rounding noise of 8-bit
+# pixels; whitening would blow them up, so they are scaled as if they had this much.
+MIN_DEVIATION = 0.5 / 255
+
+
+@dataclass(frozen=True)
+class Basis:
+    """One whitened principal basis: ``(patch - mean_D) @ encode_DC``, and back ``z @ decode_CD + mean_D``."""
+
+    mean_D: Tensor
+    encode_DC: Tensor
+    decode_CD: Tensor
+    std_C: Tensor
+    """Deviation of each component before whitening, in pixel units: what an error in it costs."""
+
+    @staticmethod
+    def fit(patches_ND: Tensor, channels: int) -> Basis:
+        """PCA of the patches in float64; signs fixed so that equal data gives an equal basis."""
+        x_ND = patches_ND.double()
+        mean_D = x_ND.mean(dim=0)
+        centred_ND = x_ND - mean_D
+        covariance_DD = centred_ND.T @ centred_ND / max(1, len(x_ND) - 1)
+        variance_D, vectors_DD = torch.linalg.eigh(covariance_DD)
+        top = torch.arange(channels).neg() + len(variance_D) - 1
+        vectors_DC = vectors_DD[:, top]
+        vectors_DC = vectors_DC * vectors_DC.sum(dim=0).sign().where(vectors_DC.sum(dim=0) != 0, 1.0)
+        std_C = variance_D[top].clamp_min(0).sqrt().clamp_min(MIN_DEVIATION)
+        return Basis(
+            mean_D.float(), (vectors_DC / std_C).float(), (vectors_DC * std_C).T.float(), std_C.float()
+        )
+
+    def to_latent(self, patches: Tensor) -> Tensor:
+        return (patches - self.mean_D) @ self.encode_DC
+
+    def to_patches(self, latents: Tensor) -> Tensor:
+        return latents @ self.decode_CD + self.mean_D
+
+
+class PatchTokenizer:
+    """See the module's docstring. Build with :meth:`fit` or :meth:`load`."""
+
+    def __init__(self, spec: TokenizerSpec, later: Basis, first: Basis | None) -> None:
+        self.spec = spec
+        self._later = later
+        self._first = first
+
+    @staticmethod
+    def fit(config: TokenizerConfig, clips: Sequence[Tensor]) -> PatchTokenizer:
+        """Fit on clips, each uint8 (P, H, W, 3).
+
+        Raises:
+            UserError: more channels than a patch has numbers, or no clips.
+        """
+        spec = TokenizerSpec(config.latent_d, config.latent_f, config.latent_t, config.first_alone)
+        smallest = 3 * spec.spatial**2 * (1 if spec.first_alone else spec.temporal)
+        if spec.channels > smallest:
+            raise UserError(
+                f"tokenizer.latent_d {spec.channels} exceeds the {smallest} numbers of a patch: set it to {smallest} or less"
+            )
+        if not clips:
+            raise UserError("tokenizer `patch` has no clip to be fitted on: check the manifest")
+        firsts, laters = [], []
+        for clip_PHW3 in clips:
+            first, later = _split(_unit(clip_PHW3[None]), spec)
+            firsts += [first.flatten(0, -2)] if first is not None else []
+            laters += [later.flatten(0, -2)] if later is not None else []
+        if not laters:
+            # Only single images: groups of frames are then still pictures.
+            laters = [f.view(len(f), 1, -1).expand(-1, spec.temporal, -1).flatten(1) for f in firsts]
+        return PatchTokenizer(
+            spec,
+            Basis.fit(torch.cat(laters), spec.channels),
+            Basis.fit(torch.cat(firsts), spec.channels) if firsts else None,
+        )
+
+    def encode(self, video_BPHW3: Tensor) -> Tensor:
+        """uint8 (B, P, H, W, 3) -> float32 (B, F, h, w, C). Raises UserError for sizes that do not divide."""
+        self.spec.latent_grid(*video_BPHW3.shape[1:4])
+        first, later = _split(_unit(video_BPHW3), self.spec)
+        parts = []
+        if first is not None:
+            assert self._first is not None
+            parts.append(self._first.to_latent(first))
+        if later is not None:
+            parts.append(self._later.to_latent(later))
+        return torch.cat(parts, dim=1)
+
+    def decode(self, latents_BFhwC: Tensor) -> Tensor:
+        """float (B, F, h, w, C) -> uint8 (B, P, H, W, 3)."""
+        return torch.cat(list(self.stream_decode([latents_BFhwC])), dim=1)
+
+    def stream_decode(self, latents: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Chunks of latent frames -> their pixel frames; exact, since frames do not depend on each other."""
+        at_start = True
+        for chunk_BFhwC in latents:
+            z = chunk_BFhwC.float()
+            parts = []
+            if at_start and self.spec.first_alone:
+                assert self._first is not None
+                parts.append(_unpatch(self._first.to_patches(z[:, :1]), self.spec.spatial))
+                z = z[:, 1:]
+            if z.shape[1]:
+                parts.append(_unpatch(self._later.to_patches(z), self.spec.spatial))
+            at_start = False
+            yield _pixels(torch.cat(parts, dim=1))
+
+    @property
+    def channel_std(self) -> Tensor:
+        """Deviation of each channel in pixel units before whitening, (C,)."""
+        return self._later.std_C
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256(json.dumps(asdict(self.spec), sort_keys=True).encode())
+        for name, tensor in sorted(self._tensors().items()):
+            digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+        return digest.hexdigest()
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self._tensors(), folder / "tokenizer.safetensors")
+        (folder / "tokenizer.json").write_text(json.dumps({"type": "patch", **asdict(self.spec)}, indent=1))
+
+    @staticmethod
+    def load(folder: Path, settings: dict[str, int | bool]) -> PatchTokenizer:
+        """Read what :meth:`save` wrote; ``settings`` is the content of its json without ``type``."""
+        tensors = load_file(folder / "tokenizer.safetensors")
+
+        def basis(name: str) -> Basis | None:
+            fields = Basis.__dataclass_fields__
+            return Basis(**{f: tensors[f"{name}.{f}"] for f in fields}) if f"{name}.mean_D" in tensors else None
+
+        later = basis("later")
+        assert later is not None
+        return PatchTokenizer(TokenizerSpec(**settings), later, basis("first"))  # type: ignore[arg-type]
+
+    def _tensors(self) -> dict[str, Tensor]:
+        bases = {"later": self._later} | ({"first": self._first} if self._first else {})
+        return {
+            f"{name}.{field}": getattr(basis, field).contiguous()
+            for name, basis in bases.items()
+            for field in Basis.__dataclass_fields__
+        }
+
+
+def _unit(video_u8: Tensor) -> Tensor:
+    return video_u8.float() / 127.5 - 1.0
+
+
+def _pixels(video: Tensor) -> Tensor:
+    return ((video + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def _split(video_BPHW3: Tensor, spec: TokenizerSpec) -> tuple[Tensor | None, Tensor | None]:
+    """Patches of the first frame (if it stands alone) and of the groups after it, (B, F, h, w, D) each."""
+    first = None
+    if spec.first_alone:
+        first = _patch(video_BPHW3[:, :1], 1, spec.spatial)
+        video_BPHW3 = video_BPHW3[:, 1:]
+    later = _patch(video_BPHW3, spec.temporal, spec.spatial) if video_BPHW3.shape[1] else None
+    return first, later
+
+
+def _patch(video_BPHW3: Tensor, t: int, s: int) -> Tensor:
+    x = video_BPHW3.unflatten(3, (-1, s)).unflatten(2, (-1, s)).unflatten(1, (-1, t))
+    return x.permute(0, 1, 3, 5, 2, 4, 6, 7).flatten(4)  # B F t h s w s 3 -> B F h w (t s s 3)
+
+
+def _unpatch(patches_BFhwD: Tensor, s: int) -> Tensor:
+    x = patches_BFhwD.unflatten(4, (-1, s, s, 3))  # B F h w t s s 3
+    return x.permute(0, 1, 4, 2, 5, 3, 6, 7).flatten(5, 6).flatten(3, 4).flatten(1, 2)
