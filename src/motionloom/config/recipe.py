@@ -151,7 +151,7 @@ class FlowMatchingConfig(Section):
     def _ordered(self) -> FlowMatchingConfig:
         if self.t_min >= self.t_max:
             raise ValueError(
-                f"flow_matching.t_min {self.t_min} is not below flow_matching.t_max {self.t_max}: swap them"
+                f"flow_matching.t_min {self.t_min} is not below flow_matching.t_max {self.t_max}: lower it"
             )
         return self
 

@@ -1,8 +1,8 @@
 """Causal chunks: the video is a row of chunks, each seeing itself and the past (CausVid, arXiv 2412.07772).
 
 ``forcing = "diffusion"``: every chunk has its own noise level and sees the noisy past (diffusion forcing,
-arXiv 2407.01392). ``forcing = "teacher"``: the sequence is ``[clean | noisy]`` and a noisy chunk sees the clean
-past, which is what generation from a cache of clean chunks computes.
+arXiv 2407.01392). ``forcing = "teacher"``: the sequence is ``[clean | noisy]`` and a noisy chunk sees the
+clean past, which is what generation from a cache of clean chunks computes.
 
 Shapes: see ``layout.py``; D chunks.
 """
@@ -29,6 +29,7 @@ class Chunks:
     window: int | None = None
     sinks: int = 0
     forcing: Literal["diffusion", "teacher"] = "diffusion"
+    knows_given = True
 
     def chunk_of(self, frames: int, device: torch.device | None = None) -> Tensor:
         """The chunk of each latent frame, (frames,). The last chunk may be shorter."""

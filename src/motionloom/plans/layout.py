@@ -85,6 +85,11 @@ class Layout:
 class Plan(Protocol):
     """What each token is."""
 
+    @property
+    def knows_given(self) -> bool:
+        """Whether frames may be given. A plan that does not know them ignores ``given_BF``."""
+        ...
+
     def draw_given(self, geometry: Geometry, generator: torch.Generator) -> Tensor:
         """Training: which frames are given, (B, F) bool, by this plan's own probabilities."""
         ...
@@ -111,7 +116,9 @@ def to_streams(
     return _streams(layout, torch.where(_clean_BT11(layout), clean_BTSC, noisy_BTSC), sigma_BK, text)
 
 
-def to_streams_at(layout: Layout, clean_BFSC: Tensor, x_BFSC: Tensor, sigma_BK: Tensor, text: Text) -> Streams:
+def to_streams_at(
+    layout: Layout, clean_BFSC: Tensor, x_BFSC: Tensor, sigma_BK: Tensor, text: Text
+) -> Streams:
     """Sampling: tokens at the solver's present ``x``, given tokens exactly as given."""
     x_BTSC = torch.where(_clean_BT11(layout), clean_BFSC[:, layout.frame_T], x_BFSC[:, layout.frame_T])
     return _streams(layout, x_BTSC, sigma_BK, text)

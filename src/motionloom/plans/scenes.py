@@ -1,8 +1,8 @@
 """Scenes: several shots in one sequence, each with its caption (Mask2DiT, arXiv 2503.19881).
 
-Mask 1 binds text i to scene i while all video sees all video. Mask 2, the segment-conditional mask, gives some
-scenes clean at noise level 0, their text included, and makes the others: with the last scene made this is
-auto-regressive scene expansion.
+Mask 1 binds text i to scene i while all video sees all video. Mask 2, the segment-conditional mask, gives
+some scenes clean at noise level 0, their text included, and makes the others: with the last scene made this
+is auto-regressive scene expansion.
 
 Shapes: S scenes; the rest in ``layout.py``. Scenes may have any lengths; ``Geometry.scene_BF`` names them.
 """
@@ -24,6 +24,7 @@ class Scenes:
     """``expand_probability``: how often in training all scenes but the last are given."""
 
     expand_probability: float = 0.5
+    knows_given = True
 
     def draw_given(self, geometry: Geometry, generator: torch.Generator) -> Tensor:
         draw_B = torch.rand(geometry.batch, generator=generator, device=generator.device)

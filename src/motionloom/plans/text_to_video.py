@@ -43,6 +43,8 @@ def clip_layout(geometry: Geometry, text: Text, given_BF: Tensor | None, visibil
 class TextToVideo:
     """Every frame is made from the caption."""
 
+    knows_given = False
+
     def draw_given(self, geometry: Geometry, generator: torch.Generator) -> Tensor:
         return torch.zeros(geometry.batch, geometry.grid[0], dtype=torch.bool, device=geometry.device)
 
@@ -58,6 +60,7 @@ class FirstFrame:
     """
 
     probability: float = 0.5
+    knows_given = True
 
     def draw_given(self, geometry: Geometry, generator: torch.Generator) -> Tensor:
         draw_B = torch.rand(geometry.batch, generator=generator, device=generator.device)

@@ -30,6 +30,10 @@ class TextEncoder(Protocol):
         """
         ...
 
+    def count_cut(self, captions: Sequence[str]) -> int:
+        """How many captions are longer than ``max_length`` tokens and lose their end."""
+        ...
+
     def fingerprint(self) -> str:
         """Hex digest of all that decides the embeddings (of an untrained encoder: its initial state)."""
         ...

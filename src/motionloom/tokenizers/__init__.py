@@ -34,7 +34,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         kind = settings.pop("type")
         return TOKENIZERS[kind].load(folder, settings)
     except FileNotFoundError as error:
-        raise UserError(f"{folder}: no tokenizer here ({error.filename} is missing): name a saved one") from None
+        raise UserError(
+            f"{folder}: no tokenizer here ({error.filename} is missing): name a saved one"
+        ) from None
     except Exception as error:
         raise UserError(f"{folder}: not a readable tokenizer ({error}): fit or copy it again") from None
 

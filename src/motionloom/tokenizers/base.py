@@ -73,7 +73,7 @@ class Tokenizer(Protocol):
     spec: TokenizerSpec
 
     def encode(self, video_BPHW3: Tensor) -> Tensor:
-        """uint8 sRGB (B, P, H, W, 3) -> latents (B, F, h, w, C) float32, mean 0 and deviation 1 per channel."""
+        """uint8 sRGB (B, P, H, W, 3) -> float32 (B, F, h, w, C), per channel mean 0 and deviation 1."""
         ...
 
     def decode(self, latents_BFhwC: Tensor) -> Tensor:

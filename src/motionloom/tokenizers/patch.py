@@ -1,13 +1,13 @@
 """`patch`: space-time patches in a basis fitted in closed form. No download, no training.
 
-A patch of t frames x s x s pixels x 3 colours is projected on the leading principal components of the patches of
-the first clips, and whitened: every channel has mean 0 and deviation 1 on those clips (PCA whitening, Hotelling
-1933). With ``first_alone`` the first frame has a basis of its own for patches of 1 x s x s pixels.
+A patch of t frames x s x s pixels x 3 colours is projected on the leading principal components of the patches
+of the first clips, and whitened: every channel has mean 0 and deviation 1 on those clips (PCA whitening,
+Hotelling 1933). With ``first_alone`` the first frame has a basis of its own for patches of 1 x s x s pixels.
 
 Every latent frame decodes by itself, so stream decoding is exact.
 
-Shapes: B batch, P pixel frames, H x W pixels; F latent frames, h x w latent cells, C channels, D pixels x colours
-of a patch.
+Shapes: B batch, P pixel frames, H x W pixels; F latent frames, h x w latent cells, C channels, D numbers of a
+patch (pixels x colours).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from motionloom.config.recipe import TokenizerConfig
 from motionloom.errors import UserError
 from motionloom.tokenizers.base import TokenizerSpec
 
-# Directions with less deviation than this (in units of a full black-to-white step) are rounding noise of 8-bit
-# pixels; whitening would blow them up, so they are scaled as if they had this much.
+# Directions with less deviation than this (in units of half the black-to-white range) are rounding noise of
+# 8-bit pixels; whitening would blow them up, so they are scaled as if they had this much.
 MIN_DEVIATION = 0.5 / 255
 
 
@@ -83,7 +83,8 @@ class PatchTokenizer:
         smallest = 3 * spec.spatial**2 * (1 if spec.first_alone else spec.temporal)
         if spec.channels > smallest:
             raise UserError(
-                f"tokenizer.latent_d {spec.channels} exceeds the {smallest} numbers of a patch: set it to {smallest} or less"
+                f"tokenizer.latent_d {spec.channels} exceeds the {smallest} numbers of a patch: "
+                f"set it to {smallest} or less"
             )
         if not clips:
             raise UserError("tokenizer `patch` has no clip to be fitted on: check the manifest")
@@ -155,7 +156,9 @@ class PatchTokenizer:
 
         def basis(name: str) -> Basis | None:
             fields = Basis.__dataclass_fields__
-            return Basis(**{f: tensors[f"{name}.{f}"] for f in fields}) if f"{name}.mean_D" in tensors else None
+            return (
+                Basis(**{f: tensors[f"{name}.{f}"] for f in fields}) if f"{name}.mean_D" in tensors else None
+            )
 
         later = basis("later")
         assert later is not None

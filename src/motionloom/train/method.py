@@ -18,7 +18,7 @@ from motionloom.rng import torch_generator
 
 @dataclass(frozen=True)
 class StepContext:
-    """Where a step stands; all its randomness is drawn from ``generator`` and ``noise_generator``."""
+    """Where a step stands; all its randomness is drawn from ``generator`` and ``device_generator``."""
 
     seed: int
     step: int
@@ -36,12 +36,12 @@ class StepContext:
         """A CPU generator for one purpose of this very step: the same on every device and after a resume."""
         return torch_generator(*self._key(purpose))
 
-    def noise_generator(self) -> torch.Generator:
+    def device_generator(self, purpose: str) -> torch.Generator:
         """A generator on the device, for draws as large as the batch, which the CPU would hold up.
 
-        The same after a resume; another kind of device gives other noise.
+        The same after a resume; another kind of device draws other numbers.
         """
-        return torch_generator(*self._key("noise"), device=self.device)
+        return torch_generator(*self._key(purpose), device=self.device)
 
     def _key(self, purpose: str) -> tuple[int | str, ...]:
         return (self.seed, self.phase, self.step, self.micro, self.rank, self.turn, purpose)
@@ -87,6 +87,19 @@ class Loader(Protocol):
     def batches(self, start: int) -> Iterator[Batch]:
         """Micro-batches from the ``start``-th on, without end.
 
-        Their order is a pure function of the seed, so a run that stopped after ``start`` of them goes on here.
+        Their order is a pure function of the seed, so a run that stopped after ``start`` of them goes on
+        here.
         """
+        ...
+
+
+class HeldOut(Protocol):
+    """Clips that training never sees; one rank's part, equally many batches on every rank."""
+
+    def __len__(self) -> int:
+        """How many batches."""
+        ...
+
+    def batch(self, n: int) -> Batch:
+        """The ``n``-th batch, always the same."""
         ...

@@ -1,0 +1,248 @@
+"""Factorized video transformer: windows in space, cells through time, text by cross-attention.
+
+Cost grows with the number of tokens and not with its square, so long clips fit. Windows shift by half in
+every other block (Swin, arXiv 2103.14030); a plan's visibility acts on time and text, where it is cheap.
+
+Shapes: B batch, T frames, S cells of a frame, N = T x S tokens, W windows of M places, L text tokens,
+K noise levels, P modulation parts, D width, H heads, C channels of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from motionloom.backbones.parts import Dropout, Entry, Exit, modulate, run_blocks
+from motionloom.config.recipe import ModelConfig
+from motionloom.nn.attention import attend, join_heads, prepare_mask, split_heads
+from motionloom.nn.init import fill, init_linears
+from motionloom.nn.mlp import MLP
+from motionloom.nn.modulation import NoiseModulation, one_hot_levels, per_token
+from motionloom.nn.norms import HeadNorm
+from motionloom.nn.rope import SPACE, TIME, Rotary, rotary, rotate
+from motionloom.nn.windows import Windows, windows
+from motionloom.plans.stream import Attributes, Stream, Streams
+from motionloom.plans.visibility import Visibility, dense_mask
+
+PARTS = 12
+"""Shift, scale and gate of four layers: space, time, text, feed-forward."""
+
+
+class Space(NamedTuple):
+    """How frames fall into windows in one kind of block."""
+
+    windows: Windows
+    rotary: Rotary
+    """(B or 1, 1, W, 1, M, D/H)."""
+    mask: Tensor | None
+    """Broadcastable to (B, T, W, H, M, M), prepared."""
+
+
+class Context(NamedTuple):
+    """What all blocks share."""
+
+    text_BLD: Tensor
+    modulation_BKPD: Tensor
+    one_hot_BNK: Tensor | None
+    time_rotary: Rotary
+    """(B or 1, 1, 1, T, D/H)."""
+    time_mask: Tensor | None
+    """Broadcastable to (B, S, H, T, T), prepared."""
+    text_mask: Tensor | None
+    """Broadcastable to (B, H, N, L), prepared."""
+
+
+class SelfAttention(nn.Module):
+    """Projections of one self-attention; its tokens are grouped by the block."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.norm = HeadNorm(dim // heads)
+        self.out = nn.Linear(dim, dim)
+
+    def mix(self, qkv: Tensor, tables: Rotary, mask: Tensor | None) -> Tensor:
+        """(..., N, 3D) -> (..., N, D), before the output projection."""
+        q, k, v = split_heads(qkv, 3, self.heads)
+        q, k = (rotate(t, tables).to(v.dtype) for t in self.norm(q, k))
+        return join_heads(attend(q, k, v, mask))
+
+
+class CrossAttention(nn.Module):
+    """Video asks, text answers."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.norm = HeadNorm(dim // heads)
+        self.out = nn.Linear(dim, dim)
+
+    def forward(self, x_BND: Tensor, text_BLD: Tensor, mask: Tensor | None) -> Tensor:
+        (q,) = split_heads(self.q(x_BND), 1, self.heads)
+        k, v = split_heads(self.kv(text_BLD), 2, self.heads)
+        q, k = (t.to(v.dtype) for t in self.norm(q, k))
+        return self.out(join_heads(attend(q, k, v, mask)))
+
+
+class Block(nn.Module):
+    """Space, time, text, feed-forward, each behind adaLN-Zero."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        dim, heads = config.dim, config.num_heads
+        self.space = SelfAttention(dim, heads)
+        self.time = SelfAttention(dim, heads)
+        self.text = CrossAttention(dim, heads)
+        self.mlp = MLP(dim, int(config.mlp_ratio * dim))
+        self.table_PD = nn.Parameter(torch.zeros(PARTS, dim))
+
+    def forward(self, x_BND: Tensor, space: Space, context: Context, keep: Tensor | None) -> Tensor:
+        modulation_BKPD = context.modulation_BKPD + self.table_PD
+
+        def parts(layer: int) -> tuple[Tensor, ...]:
+            return per_token(modulation_BKPD[:, :, 3 * layer : 3 * layer + 3], context.one_hot_BNK)
+
+        shift, scale, gate = parts(0)
+        x_BND = x_BND + gate * self.across_space(modulate(x_BND, shift, scale), space, context)
+        shift, scale, gate = parts(1)
+        x_BND = x_BND + gate * self.through_time(modulate(x_BND, shift, scale), context)
+        shift, scale, gate = parts(2)
+        told_BND = self.text(modulate(x_BND, shift, scale), context.text_BLD, context.text_mask)
+        x_BND = x_BND + gate * told_BND
+        shift, scale, gate = parts(3)
+        thought_BND = self.mlp(modulate(x_BND, shift, scale))
+        return x_BND + gate * (thought_BND if keep is None else thought_BND * keep)
+
+    def across_space(self, x_BND: Tensor, space: Space, context: Context) -> Tensor:
+        """Attention among the cells of each window of each frame."""
+        batch, tokens, dim = x_BND.shape
+        frames = context.time_rotary[0].shape[-2]
+        shape = (batch, frames, space.windows.count, -1, 3 * dim)
+        qkv = space.windows.gather(self.space.qkv(x_BND).view(batch * frames, tokens // frames, -1))
+        mixed = self.space.mix(qkv.view(shape), space.rotary, space.mask)
+        mixed = space.windows.scatter(mixed.reshape(batch * frames, -1, dim))
+        return self.space.out(mixed.view(batch, tokens, dim))
+
+    def through_time(self, x_BND: Tensor, context: Context) -> Tensor:
+        """Attention among the frames at each cell."""
+        frames = context.time_rotary[0].shape[-2]
+        qkv_BSTX = self.time.qkv(x_BND).unflatten(1, (frames, -1)).transpose(1, 2)
+        mixed_BSTD = self.time.mix(qkv_BSTX, context.time_rotary, context.time_mask)
+        return self.time.out(mixed_BSTD.transpose(1, 2).flatten(1, 2))
+
+
+class Factorized(nn.Module):
+    """See the top of this file. ``forward`` as in :class:`~motionloom.backbones.base.Backbone`.
+
+    A frame's tokens share their seconds, and a cell keeps its pixels over all frames.
+    """
+
+    def __init__(self, config: ModelConfig, latent_channels: int, text_dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.patch = config.patch
+        token_channels = latent_channels * config.patch[0] * config.patch[1] * config.patch[2]
+        self.entry = Entry(token_channels, text_dim, config.dim)
+        self.noise = NoiseModulation(config.dim, PARTS + 2)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.exit = Exit(config.dim, token_channels)
+        self.dropout = Dropout(config.dropout)
+
+    def blocks(self) -> list[nn.Module]:
+        """The transformer blocks in order."""
+        return list(self.layers)
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Every weight anew; adaLN-Zero makes each block the identity and the prediction zero."""
+        init_linears(self, generator)
+        self.noise.init_weights()
+        self.exit.init_weights()
+        for block in self.layers:
+            assert isinstance(block, Block)
+            fill(0.0, block.table_PD)
+            for layer in (block.space, block.time, block.text):
+                layer.norm.init_weights()
+
+    def forward(self, streams: Streams, visibility: Visibility) -> dict[str, Tensor]:
+        """The prediction for the video, in the dtype of its latents."""
+        video, text = streams["video"], streams["text"]
+        assert video.valid_BN is None, "plans pad text, never video"
+        x_BND, text_BLD = self.entry(video, text)
+        modulation_BKPD = self.noise(video.sigma_BK)
+        one_hot_BNK = one_hot_levels(video.level_BN, video.sigma_BK.shape[1], x_BND.dtype)
+        head_dim = self.config.dim // self.config.num_heads
+        context = Context(
+            text_BLD=text_BLD,
+            modulation_BKPD=modulation_BKPD[:, :, :PARTS],
+            one_hot_BNK=one_hot_BNK,
+            time_rotary=_time_rotary(video, head_dim),
+            time_mask=prepare_mask(_time_mask(video, visibility)),
+            text_mask=prepare_mask(_text_mask(video, text, visibility)),
+        )
+        spaces = [self._space(video, visibility, shifted, head_dim) for shifted in (False, True)]
+        inputs = [
+            (spaces[i % 2], context, self.dropout.draw(x_BND, self.training)) for i in range(len(self.layers))
+        ]
+        x_BND = run_blocks(self.blocks(), x_BND, inputs, self.config)
+        out_BNC = self.exit(x_BND, modulation_BKPD[:, :, PARTS:], one_hot_BNK)
+        return {"video": out_BNC.to(video.x_BNC.dtype)}
+
+    def _space(self, video: Stream, visibility: Visibility, shifted: bool, head_dim: int) -> Space:
+        frames, rows, columns = video.grid
+        layout = windows(rows, columns, self.config.window_size, shifted, video.x_BNC.device)
+
+        def grouped(t_BN: Tensor) -> Tensor:
+            """(B, N, ...) -> (B, T, W, M, ...)."""
+            cells_BTI = t_BN.unflatten(1, (frames, -1))[:, :, layout.cell_I]
+            return cells_BTI.unflatten(2, (layout.count, -1))
+
+        # Frame 0 speaks for all: cells keep their place.
+        pixels_BWM2 = grouped(video.position_BN3)[:, 0, ..., 1:]
+        cos, sin = rotary(pixels_BWM2, (SPACE, SPACE), head_dim)
+        allowed = None if visibility.whole_frames else _grouped_mask(video, visibility, grouped)
+        mask = layout.mask(allowed)
+        mask = None if mask is None else mask[..., None, :, :]
+        return Space(layout, (cos[:, None, :, None], sin[:, None, :, None]), prepare_mask(mask))
+
+
+def _time_rotary(video: Stream, head_dim: int) -> Rotary:
+    seconds_BT1 = video.position_BN3.unflatten(1, (video.grid[0], -1))[:, :, 0, :1]
+    cos, sin = rotary(seconds_BT1, (TIME,), head_dim)
+    return cos[:, None, None], sin[:, None, None]
+
+
+def _time_mask(video: Stream, visibility: Visibility) -> Tensor | None:
+    """(B or 1, S or 1, 1, T, T). Where a frame is seen as a whole, one cell of it is asked."""
+    if visibility.unrestricted:
+        return None
+
+    def grouped(t_BN: Tensor) -> Tensor:
+        """(B, N, ...) -> (B, S, T, ...)."""
+        cells_BST = t_BN.unflatten(1, (video.grid[0], -1)).transpose(1, 2)
+        return cells_BST[:, :1] if visibility.whole_frames else cells_BST
+
+    return _grouped_mask(video, visibility, grouped)[:, :, None]
+
+
+def _text_mask(video: Stream, text: Stream, visibility: Visibility) -> Tensor | None:
+    """(B or 1, 1, N or 1, L)."""
+    mask_BNL = dense_mask(visibility, video.attributes, text.attributes, text.valid_BN)
+    return None if mask_BNL is None else mask_BNL[:, None]
+
+
+def _grouped_mask(video: Stream, visibility: Visibility, grouped: Callable[[Tensor], Tensor]) -> Tensor:
+    """The visibility within groups of G tokens, (..., G, G) for ``grouped: (B, N) -> (..., G)``."""
+    a = video.attributes
+    batch = max(t.shape[0] for t in vars(a).values())
+    groups = {name: grouped(t.expand(batch, *t.shape[1:])) for name, t in vars(a).items()}
+    lead = groups["scene_BN"].shape[:-1]
+    flat = Attributes(**{name: t.flatten(0, len(lead) - 1) for name, t in groups.items()})
+    mask = dense_mask(visibility, flat, flat)
+    assert mask is not None
+    return mask.unflatten(0, lead)

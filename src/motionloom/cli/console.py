@@ -1,0 +1,142 @@
+"""What commands say: progress and notes for people on stderr, results on stdout, ``--json`` for programs.
+
+Exit codes: 0 done; 1 done, but something that the command looks after is wrong; 2 the request or its input is
+wrong and nothing was made; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+FAILED, WRONG = 1, 2
+
+Advance = Callable[[int, int], None]
+"""(done, total)"""
+
+
+class Rate(ProgressColumn):
+    """Work per second, smoothed."""
+
+    def render(self, task: Task) -> Text:
+        speed = task.finished_speed or task.speed
+        return Text(f"{speed:.3g}/s" if speed else "", style="progress.data.speed")
+
+
+class Out:
+    """Where one command writes."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+        self.err = Console(stderr=True, highlight=False)
+
+    def note(self, line: str) -> None:
+        """A line for people."""
+        self.err.print(escape(line), soft_wrap=True)
+
+    def result(self, value: Mapping[str, Any], lines: Sequence[str] = ()) -> None:
+        """The command's answer: ``value`` with --json, else ``lines``."""
+        if self.as_json:
+            print(json.dumps(value, default=str), flush=True)
+            return
+        for line in lines:
+            print(line, flush=True)
+
+    def table(self, title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table for people, on stdout; nothing with --json."""
+        if self.as_json:
+            return
+        table = Table(title=title or None, title_justify="left", box=None, pad_edge=False)
+        for head in heads:
+            table.add_column(head)
+        for row in rows:
+            table.add_row(*map(escape, row))
+        Console(highlight=False).print(table)
+
+    @contextmanager
+    def progress(self, what: str) -> Iterator[Advance]:
+        """A bar with rate and time left; without a terminal a line every tenth of the way."""
+        with self.stages() as advance:
+            yield lambda done, total: advance(what, done, total)
+
+    @contextmanager
+    def stages(self) -> Iterator[Callable[[str, int, int], None]]:
+        """As :meth:`progress`, for work that names its stages."""
+        if not self.err.is_terminal:
+            yield _Lines(self)
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            Rate(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Progress(*columns, console=self.err) as bars:
+            tasks: dict[str, Any] = {}
+
+            def advance(what: str, done: int, total: int) -> None:
+                if what not in tasks:
+                    tasks[what] = bars.add_task(what, total=total)
+                bars.update(tasks[what], completed=done, total=total)
+
+            yield advance
+
+
+class _Lines:
+    """Progress for logs: one line at every tenth of the work."""
+
+    def __init__(self, out: Out) -> None:
+        import time
+
+        self._out, self._clock, self._began, self._shown = out, time.monotonic, {}, {}  # type: ignore[var-annotated]
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        now = self._clock()
+        began = self._began.setdefault(what, now)
+        tenth = 10 * done // max(1, total)
+        if tenth == self._shown.get(what):
+            return
+        self._shown[what] = tenth
+        seconds = now - began
+        rate = done / seconds if seconds > 0 else 0.0
+        left = f", {(total - done) / rate:.0f} s left" if rate else ""
+        self._out.note(f"{what}: {done} of {total}, {rate:.3g}/s{left}")
+
+
+def skipped(out: Out, lines: Sequence[str], most: int = 20) -> None:
+    """Problem lines: the first few, and always the last, which counts them."""
+    for line in lines[:-1][:most]:
+        out.note(f"  {line}")
+    if len(lines) - 1 > most:
+        out.note(f"  ... and {len(lines) - 1 - most} more; --json lists all")
+    if lines:
+        out.note(lines[-1])
+
+
+def die(message: str, as_json: bool, code: int = WRONG) -> None:
+    """The one line of an error."""
+    if as_json:
+        print(json.dumps({"error": message}), flush=True)
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(code)

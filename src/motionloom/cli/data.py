@@ -1,0 +1,82 @@
+"""``motionloom data``: clips and manifests."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import cast, get_args
+
+from motionloom.cli.console import Out, skipped
+from motionloom.errors import UserError
+
+
+def attribute_filter(keep: list[str]) -> dict[str, str]:
+    """``["group=animals"]`` -> {"group": "animals"}."""
+    pairs = [item.partition("=") for item in keep]
+    for item, (key, equals, _) in zip(keep, pairs, strict=True):
+        if not key or not equals:
+            raise UserError(f"--keep {item}: write attribute=value, for instance group=animals")
+    return {key: value for key, _, value in pairs}
+
+
+def shapeworld(
+    out: Path,
+    clips: int,
+    frames: int,
+    size: int,
+    seed: int,
+    fps: float,
+    world: str,
+    split: str,
+    scenes: int,
+    sound: bool,
+    as_json: bool,
+) -> None:
+    """Write a ShapeWorld dataset."""
+    from motionloom.data.shapeworld import World, write_dataset
+    from motionloom.data.shapeworld.spec import Split
+
+    worlds = {"full": World.full, "quickstart": World.quickstart}
+    if world not in worlds:
+        raise UserError(f"--world {world}: choose full or quickstart")
+    if split not in get_args(Split):
+        raise UserError(f"--split {split}: choose train, test or all")
+    console = Out(as_json)
+    made = replace(worlds[world](), frames=frames, height=size, width=size, fps=fps)
+    with console.progress("clips") as advance:
+        manifest = write_dataset(
+            out,
+            made,
+            clips,
+            seed,
+            cast(Split, split),
+            scenes=scenes,
+            sound=sound,
+            on_progress=advance,
+        )
+    console.result({"manifest": str(manifest), "clips": clips}, [f"{clips} clips: {manifest}"])
+
+
+def ingest(source: Path, out: Path, keep: list[str], as_json: bool) -> None:
+    """Write a manifest of the clips in a folder."""
+    from motionloom.data.ingest import ingest as find_clips
+    from motionloom.data.ingest import summary
+    from motionloom.data.manifest import write_manifest
+
+    console = Out(as_json)
+    unpack_to = out.parent / f"{source.stem}_unpacked"
+    with console.progress("clips looked into") as advance:
+        entries, problems = find_clips(
+            source, keep=attribute_filter(keep), unpack_to=unpack_to, on_progress=advance
+        )
+    if not entries:
+        skipped(console, problems.lines())
+        raise UserError(f"{source}: no clip of it can be used; the lines above say why")
+    write_manifest(out, entries)
+    if len(problems):
+        skipped(console, problems.lines())
+    counts = summary(entries, problems)
+    console.result(
+        {"manifest": str(out), **counts, "skipped_clips": problems.lines()[:-1]},
+        [f"{len(entries)} clips, {problems.skipped} skipped: {out}"],
+    )

@@ -1,0 +1,109 @@
+"""``motionloom generate``: prompts to clips."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from motionloom.cli.console import Out
+from motionloom.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from motionloom.generate import Model
+
+FORMATS = ("mp4", "webm", "webp", "gif", "png")
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the command line asked for; None takes the recipe's value."""
+
+    prompts: tuple[str, ...]
+    steps: int | None
+    guidance: float | None
+    seed: int
+    negative: str
+    frames: int | None
+    size: str | None
+    first_frame: Path | None
+    solver: str | None
+    format: str
+
+
+def parse_size(size: str | None) -> tuple[int | None, int | None]:
+    """``"64"`` or ``"64x96"`` (height x width) -> (height, width)."""
+    if size is None:
+        return None, None
+    match = re.fullmatch(r"(\d+)(?:x(\d+))?", size)
+    if match is None or int(match[1]) == 0:
+        raise UserError(f"--size {size}: write one side or HEIGHTxWIDTH in pixels, for instance 64x96")
+    return int(match[1]), int(match[2] or match[1])
+
+
+def run(checkpoint: Path, wish: Wish, out: Path, raw: bool, device: str, as_json: bool) -> None:
+    """Generate, write one file per prompt and a sheet of all."""
+    from motionloom.cli.assemble import load_model
+    from motionloom.data.media import write_video
+    from motionloom.data.sheets import contact_sheet
+    from motionloom.flow import SOLVERS
+    from motionloom.generate import ClipRequest, generate_clips, recipe_sampling
+
+    if wish.format not in FORMATS:
+        raise UserError(f"--format {wish.format}: choose one of {', '.join(FORMATS)}")
+    if wish.solver is not None and wish.solver not in SOLVERS:
+        raise UserError(f"--solver {wish.solver}: choose one of {', '.join(SOLVERS)}")
+    height, width = parse_size(wish.size)
+    console = Out(as_json)
+    model = load_model(checkpoint, raw=raw, device=device)
+    sampling = recipe_sampling(model.recipe, steps=wish.steps, guidance=wish.guidance, solver=wish.solver)
+    request = ClipRequest(
+        wish.prompts,
+        wish.frames,
+        height,
+        width,
+        negative=wish.negative,
+        first_frames=_first_frames(model, wish, height, width),
+        seed=wish.seed,
+    )
+    with console.progress("network passes") as advance:
+        clips = [clip.numpy() for clip in generate_clips(model, request, sampling, progress=advance)]
+    out.mkdir(parents=True, exist_ok=True)
+    files = [out / f"{i:03d}_{slug(prompt)}.{wish.format}" for i, prompt in enumerate(wish.prompts)]
+    for clip, file in zip(clips, files, strict=True):
+        write_video(file, clip, model.recipe.video.fps)
+    sheet = contact_sheet(clips, wish.prompts, out / "sheet.png")
+    console.result(
+        {"clips": [str(file) for file in files], "sheet": str(sheet), "seed": wish.seed},
+        [*map(str, files), str(sheet)],
+    )
+
+
+def slug(prompt: str) -> str:
+    """A prompt as a part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")[:48] or "empty"
+
+
+def _first_frames(model: Model, wish: Wish, height: int | None, width: int | None) -> Tensor | None:
+    """The start of the given image or clip, once per prompt: the pixels of the first token frame."""
+    import torch
+
+    from motionloom.data.media import read_clip
+
+    if wish.first_frame is None:
+        return None
+    video, spec = model.recipe.video, model.tokenizer.spec
+    needed = (1 if spec.first_alone else spec.temporal) * model.patch[0]
+    size = (height or video.height, width or video.width)
+    clip = read_clip(wish.first_frame, size=size, background=model.recipe.preprocess.background)
+    pixels = torch.from_numpy(clip.video_FHW3[:needed])
+    if len(pixels) < needed:
+        if len(pixels) != 1:
+            raise UserError(
+                f"{wish.first_frame}: {len(pixels)} frames, the model's start is {needed}: give more"
+            )
+        pixels = pixels.expand(needed, -1, -1, -1)
+    return pixels[None].expand(len(wish.prompts), -1, -1, -1, -1).contiguous()

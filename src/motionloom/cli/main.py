@@ -1,0 +1,205 @@
+"""The ``motionloom`` command. Thin: every command names its inputs, calls a room and shows the answer.
+
+Nothing heavy is imported before a command runs, so that ``--help`` is quick.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from motionloom.cli.console import die
+from motionloom.errors import UserError
+
+app = typer.Typer(
+    help="From a folder of captioned clips to a text-to-video model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+)
+data_app = typer.Typer(help="Make or collect captioned clips.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+Json = Annotated[bool, typer.Option("--json", help="Print the answer as one JSON object on stdout.")]
+Seed = Annotated[int, typer.Option(min=0, help="Decides everything that is random.")]
+
+
+@app.command(epilog="Example: motionloom quickstart --data my_clips --minutes 8")
+def quickstart(
+    data: Annotated[
+        Path | None, typer.Option(help="Your captioned clips (folder or zip); else ShapeWorld.")
+    ] = None,
+    minutes: Annotated[float, typer.Option(min=0.05, help="How long to train.")] = 8.0,
+    out: Annotated[
+        Path, typer.Option(help="The run folder; a second call goes on where the first stopped.")
+    ] = Path("runs/quickstart"),
+    seed: Seed = 0,
+    clips: Annotated[int, typer.Option(min=16, help="How many clips ShapeWorld makes.")] = 6000,
+    prompts: Annotated[int, typer.Option(min=1, help="How many unseen prompts are judged.")] = 128,
+    keep: Annotated[
+        list[str] | None, typer.Option(help="With --data: only clips whose attribute is this, key=value.")
+    ] = None,
+    open_page: Annotated[bool, typer.Option("--open/--no-open", help="Show the page in a browser.")] = True,
+    as_json: Json = False,
+) -> None:
+    """The main job, whole: clips, cache, training, generation, and a page that shows the result."""
+    from motionloom.cli import quickstart as command
+
+    sizes = command.Sizes(minutes, clips, prompts)
+    command.run(data, sizes, out, seed, keep or [], open_page, as_json)
+
+
+@data_app.command(
+    epilog="Example: motionloom data shapeworld --out worlds/small --clips 200 --frames 16 --size 32"
+)
+def shapeworld(
+    out: Annotated[Path, typer.Option(help="Folder for the clips and their manifest.jsonl.")],
+    clips: Annotated[int, typer.Option(min=1, help="How many.")] = 200,
+    frames: Annotated[int, typer.Option(help="Frames per clip (per scene).")] = 16,
+    size: Annotated[int, typer.Option(help="Pixels a side.")] = 64,
+    seed: Seed = 0,
+    fps: Annotated[float, typer.Option(help="Frames per second.")] = 8.0,
+    world: Annotated[
+        str, typer.Option(help="full, or quickstart: the part that trains in minutes.")
+    ] = "full",
+    split: Annotated[str, typer.Option(help="train, test (held-out combinations) or all.")] = "train",
+    scenes: Annotated[int, typer.Option(min=1, help="More than 1: stories with one character.")] = 1,
+    sound: Annotated[bool, typer.Option("--sound", help="Write the sound track into the files.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Make a world of captioned clips: shapes that move, bounce and sound."""
+    from motionloom.cli import data as command
+
+    command.shapeworld(out, clips, frames, size, seed, fps, world, split, scenes, sound, as_json)
+
+
+@data_app.command(epilog="Example: motionloom data ingest my_clips --out manifest.jsonl")
+def ingest(
+    source: Annotated[
+        Path, typer.Argument(help="Folder or zip with videos, animations, images, frame folders.")
+    ],
+    out: Annotated[Path, typer.Option(help="The manifest to write.")] = Path("manifest.jsonl"),
+    keep: Annotated[
+        list[str] | None, typer.Option(help="Only clips whose attribute is this, key=value; repeatable.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Find the clips in a folder and their captions, check each, and list what cannot be used."""
+    from motionloom.cli import data as command
+
+    command.ingest(source, out, keep or [], as_json)
+
+
+@app.command(
+    epilog="Example: motionloom cache quickstart --manifest worlds/small/manifest.jsonl --out caches/small"
+)
+def cache(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe that comes along.")],
+    manifest: Annotated[Path, typer.Option(help="Which clips.")],
+    out: Annotated[Path, typer.Option(help="The cache folder; an interrupted one is continued.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, dotted.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Turn pixels into latents and captions into embeddings, once."""
+    from motionloom.cli import cache as command
+
+    command.run(recipe, manifest, out, overrides or [], as_json)
+
+
+@app.command(epilog="Example: motionloom train quickstart --cache caches/small train.max_steps=200 seed=1")
+def train(
+    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe that comes along.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, dotted.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="The cache folder; default: <run folder>/cache.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint, to the bit.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Train a recipe on a cache, alone or under torchrun. The run folder is output_dir/experiment_name."""
+    from motionloom.cli import train as command
+
+    command.run(recipe, overrides or [], cache, resume, as_json)
+
+
+@app.command(
+    epilog='Example: motionloom generate runs/quickstart --prompt "a small red star moves up" --out clips'
+)
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="A step_... folder, or a run folder for its newest.")],
+    prompt: Annotated[list[str], typer.Option(help="What to show; repeat for more clips.")],
+    out: Annotated[Path, typer.Option(help="Folder for the clips and a sheet of them.")],
+    steps: Annotated[int | None, typer.Option(min=1, help="Solver steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help="1 is no guidance.")] = None,
+    seed: Seed = 0,
+    negative: Annotated[str, typer.Option(help="What guidance pushes away from.")] = "",
+    frames: Annotated[int | None, typer.Option(min=1, help="Frames of a clip.")] = None,
+    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH or one side, in pixels.")] = None,
+    first_frame: Annotated[
+        Path | None, typer.Option(help="An image (or clip) whose start is given, for models that know it.")
+    ] = None,
+    solver: Annotated[str | None, typer.Option(help="euler, heun, dpmpp_2m or ddim.")] = None,
+    format: Annotated[str, typer.Option(help="mp4, webm, webp, gif or png.")] = "mp4",
+    raw: Annotated[
+        bool, typer.Option("--raw", help="The last weights instead of the averaged ones.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Make clips from prompts."""
+    from motionloom.cli import generate as command
+
+    request = command.Wish(
+        tuple(prompt), steps, guidance, seed, negative, frames, size, first_frame, solver, format
+    )
+    command.run(checkpoint, request, out, raw, device, as_json)
+
+
+@app.command(epilog="Example: motionloom inspect runs/quickstart/cache --sheet sheet.png")
+def inspect(
+    what: Annotated[str, typer.Argument(help="A recipe, a cache or a checkpoint.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for a recipe.")] = None,
+    sheet: Annotated[
+        Path | None, typer.Option(help="A cache's contact sheet (PNG); default: beside the cache.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Sizes, tokens, parameters, buckets, memory; a cache also as a contact sheet."""
+    from motionloom.cli import inspect as command
+
+    command.run(what, overrides or [], sheet, as_json)
+
+
+@app.command(epilog="Example: motionloom doctor quickstart --cache caches/small")
+def doctor(
+    what: Annotated[str, typer.Argument(help="A recipe or a checkpoint.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for a recipe.")] = None,
+    cache: Annotated[Path | None, typer.Option(help="The cache it is to be trained on.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Is it alive? Does the output follow text, time and conditions; is the cache right. Exit 1 if not."""
+    from motionloom.cli import doctor as command
+
+    command.run(what, overrides or [], cache, as_json)
+
+
+def main() -> None:
+    """Entry point: errors of the user in one line with exit code 2, defects with their traceback."""
+    try:
+        app()
+    except UserError as error:
+        die(str(error), "--json" in sys.argv)
+    except KeyboardInterrupt:
+        die(
+            "interrupted; what was finished is kept, the same command goes on from there",
+            "--json" in sys.argv,
+            130,
+        )
+
+
+if __name__ == "__main__":
+    main()

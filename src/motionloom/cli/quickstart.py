@@ -1,0 +1,215 @@
+"""``motionloom quickstart``: the main job whole, from clips to a page, in one call.
+
+Every stage is a command of its own (data, cache, train, generate); here they run one after the other with
+figures taken. A second call with the same --out goes on where the first was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from motionloom.cli.console import Out, skipped
+
+if TYPE_CHECKING:
+    from motionloom.cli.assemble import Parts
+    from motionloom.config import Recipe
+    from motionloom.data.manifest import ManifestEntry
+
+SHOWN = 24
+CALIBRATION_STEPS = 12
+# Ends the training when a machine that others use has become slower since the steps were counted.
+PATIENCE = 1.15
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything: minutes of training, clips of the world, prompts that are judged."""
+
+    minutes: float
+    clips: int
+    prompts: int
+
+
+@dataclass
+class Diary:
+    """Figures of the run, and how long each stage took."""
+
+    console: Out
+    seconds: dict[str, float] = field(default_factory=dict)
+    report: dict[str, Any] = field(default_factory=dict)
+
+    @contextmanager
+    def stage(self, name: str, says: str) -> Iterator[None]:
+        """Time a stage and announce it."""
+        self.console.note(f"[{name}] {says}")
+        began = time.monotonic()
+        yield
+        self.seconds[name] = round(time.monotonic() - began, 1)
+
+
+@dataclass(frozen=True)
+class Wish:
+    """A packaged recipe and what is changed in it."""
+
+    name: str
+    overrides: tuple[str, ...]
+
+    def but(self, **changes: object) -> Wish:
+        """With more overrides; ``train__lr`` means train.lr."""
+        more = [f"{key.replace('__', '.')}={value}" for key, value in changes.items()]
+        return Wish(self.name, (*self.overrides, *more))
+
+    def recipe(self) -> Recipe:
+        from motionloom.config import load_recipe
+
+        return load_recipe(self.name, self.overrides)
+
+
+def run(
+    data: Path | None, sizes: Sizes, out: Path, seed: int, keep: list[str], open_page: bool, as_json: bool
+) -> None:
+    """Everything; writes report.json and index.html into ``out``."""
+    from motionloom.cli.quickstart_report import finish
+    from motionloom.data.cache import build_cache, open_cache
+    from motionloom.parallel import start_ranks
+
+    diary = Diary(Out(as_json))
+    wish = Wish(
+        "quickstart" if data is None else "clips",
+        (f"output_dir={out.parent}", f"experiment_name={out.name}", f"seed={seed}"),
+    )
+    if data is None:
+        with diary.stage("world", f"{sizes.clips} captioned clips of ShapeWorld"):
+            entries = _world(wish.recipe(), sizes.clips, out, diary)
+    else:
+        with diary.stage("ingest", f"clips in {data}"):
+            wish, entries = _own_clips(data, wish, out, keep, diary)
+    recipe = wish.recipe()
+    with diary.stage("cache", "pixels to latents"), diary.console.stages() as advance:
+        made = build_cache(recipe, entries, out / "cache", on_progress=advance)
+        diary.report["clips"] = {"cached": len(open_cache(out / "cache")), "skipped": made.skipped.skipped}
+        skipped(diary.console, made.skipped.lines() if len(made.skipped) else [])
+    with start_ranks() as ranks:
+        recipe = _with_steps(wish, sizes.minutes, out, ranks, diary)
+        parts = _train(recipe, out, ranks, diary)
+        page = finish(parts, out, data is None, sizes.prompts, SHOWN, diary)
+    diary.console.result(
+        {**diary.report, "page": str(page)},
+        [json.dumps(diary.report, indent=1), f"the page: {page}"],
+    )
+    if open_page and not as_json and sys.stdout.isatty():
+        import webbrowser
+
+        webbrowser.open(page.resolve().as_uri())
+
+
+def _world(recipe: Recipe, clips: int, out: Path, diary: Diary) -> list[ManifestEntry]:
+    from motionloom.data.manifest import read_manifest
+    from motionloom.data.shapeworld import World, write_dataset
+
+    world = World.quickstart(recipe.video.width, recipe.video.num_frames, recipe.video.fps)
+    with diary.console.progress("clips") as advance:
+        manifest = write_dataset(out / "world", world, clips, recipe.seed, "train", on_progress=advance)
+    return read_manifest(manifest)[0]
+
+
+def _own_clips(
+    data: Path, wish: Wish, out: Path, keep: list[str], diary: Diary
+) -> tuple[Wish, list[ManifestEntry]]:
+    from motionloom.cli.data import attribute_filter
+    from motionloom.data.ingest import ingest
+    from motionloom.data.manifest import write_manifest
+    from motionloom.data.windows import cut_into_windows
+    from motionloom.errors import UserError
+
+    with diary.console.progress("clips looked into") as advance:
+        entries, problems = ingest(
+            data, keep=attribute_filter(keep), unpack_to=out / "unpacked", on_progress=advance
+        )
+    skipped(diary.console, problems.lines() if len(problems) else [])
+    if not entries:
+        raise UserError(f"{data}: no clip of it can be used; the lines above say why")
+    diary.report["ingest"] = {"clips": len(entries), "skipped": problems.skipped}
+    video = wish.recipe().video
+    fps = fitting_fps(entries, video.num_frames, video.fps)
+    entries = cut_into_windows(entries, video.num_frames / fps)
+    write_manifest(out / "manifest.jsonl", entries)
+    return wish.but(video__fps=fps), entries
+
+
+def fitting_fps(entries: list[ManifestEntry], frames: int, usual: float) -> float:
+    """The usual rate, or a higher one at which all but the shortest tenth of moving clips fill ``frames``."""
+    from motionloom.data.windows import duration
+
+    lengths = sorted(length for entry in entries if (length := duration(entry)))
+    if not lengths:
+        return usual
+    short = lengths[len(lengths) // 10]
+    rate = usual if short * usual >= frames else frames / short
+    # Rounded up, so that rounding never makes the clip longer than its source.
+    return min(240.0, math.ceil(rate * 1000) / 1000)
+
+
+def _with_steps(wish: Wish, minutes: float, out: Path, ranks: Any, diary: Diary) -> Recipe:
+    """Count how many steps fit into ``minutes`` on this machine; a run that has begun keeps its count."""
+    from motionloom.config import load_recipe
+    from motionloom.train import checkpoint
+
+    begun = checkpoint.latest(out)
+    if begun is not None:
+        diary.console.note(f"going on from {begun.name}")
+        return load_recipe(begun / "recipe.yaml")
+    recipe = wish.recipe()
+    with diary.stage("calibrate", "compile, and count how many steps fit"):
+        rate = _steps_per_second(recipe, out, ranks)
+    steps = max(1, min(recipe.train.max_steps, int(rate * minutes * 60)))
+    every = max(1, steps // 8)
+    diary.console.note(f"{rate:.2f} steps/s: {steps} steps in {minutes:g} minutes")
+    return wish.but(
+        train__max_steps=steps,
+        train__warmup_steps=min(recipe.train.warmup_steps, steps // 10),
+        train__max_minutes=minutes * PATIENCE,
+        train__heldout_every_steps=every,
+        train__save_every_steps=every,
+        train__log_every_steps=max(1, min(recipe.train.log_every_steps, steps // 20)),
+    ).recipe()
+
+
+def _steps_per_second(recipe: Recipe, out: Path, ranks: Any) -> float:
+    """Of real steps on the real cache, with weights that are then thrown away."""
+    from motionloom.cli.assemble import assemble
+    from motionloom.data.cache import open_cache
+    from motionloom.train.probe import steps_per_second
+
+    parts = assemble(recipe, open_cache(out / "cache"), ranks)
+    return steps_per_second(parts.method, parts.loader, recipe, ranks, CALIBRATION_STEPS)
+
+
+def _train(recipe: Recipe, out: Path, ranks: Any, diary: Diary) -> Parts:
+    from motionloom.cli.assemble import assemble
+    from motionloom.cli.train import show_buckets
+    from motionloom.cli.training_view import TrainingView
+    from motionloom.config import write_provenance
+    from motionloom.data.cache import open_cache
+    from motionloom.train import checkpoint
+
+    parts = assemble(recipe, open_cache(out / "cache"), ranks)
+    show_buckets(diary.console, parts.loader)
+    write_provenance(out, recipe)
+    with diary.stage("train", f"{recipe.train.max_steps} steps"), TrainingView(diary.console) as view:
+        outcome = parts.trainer(out, view).fit(resume=checkpoint.latest(out) is not None)
+    diary.report["train"] = {
+        "steps": outcome.step,
+        "reason": outcome.reason,
+        "seconds": round(outcome.seconds, 1),
+        "checkpoint": str(outcome.checkpoint),
+    }
+    return parts

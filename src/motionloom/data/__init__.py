@@ -1,0 +1,1 @@
+"""Manifests, media in and out, curation, the latent cache, the loader and ShapeWorld."""

@@ -1,0 +1,74 @@
+"""Buckets: the few shapes that clips are brought to, so that clips of one shape can stand in one batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from motionloom.config.recipe import Recipe
+from motionloom.tokenizers import TokenizerSpec
+
+
+@dataclass(frozen=True, order=True)
+class Bucket:
+    """A clip's shape in pixels."""
+
+    width: int
+    height: int
+    frames: int
+
+    def __str__(self) -> str:
+        return f"{self.width}x{self.height}x{self.frames}"
+
+    @staticmethod
+    def parse(text: str) -> Bucket:
+        """The bucket that ``str`` wrote."""
+        width, height, frames = map(int, text.split("x"))
+        return Bucket(width, height, frames)
+
+
+def bucket_sizes(recipe: Recipe) -> list[tuple[int, int]]:
+    """(width, height) of the recipe's buckets; the one size of `video` when bucketing is off."""
+    if recipe.bucketing.enabled:
+        return sorted(set(recipe.bucketing.buckets))
+    return [(recipe.video.width, recipe.video.height)]
+
+
+def bucket_lengths(recipe: Recipe) -> list[int]:
+    """Lengths in frames that clips are cut to, shortest first."""
+    if recipe.bucketing.enabled and recipe.bucketing.frames:
+        return sorted(set(recipe.bucketing.frames))
+    return [recipe.video.num_frames]
+
+
+def cached_fps(recipe: Recipe) -> float:
+    """Frames per second of a cached clip: every `frame_stride`-th frame at `video.fps`."""
+    return recipe.video.fps / recipe.video.frame_stride
+
+
+def closest_size(width: float, height: float, sizes: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """The size that crops least: closest aspect ratio on a log scale, then closest area, then the first."""
+
+    def distance(size: tuple[int, int]) -> tuple[float, float]:
+        # Rounded, so that equal ratios written differently (2:1 and 4:2) tie and the area decides.
+        ratio = round(abs(math.log(size[0] / size[1]) - math.log(width / height)), 9)
+        return ratio, abs(math.log(size[0] * size[1]) - math.log(width * height))
+
+    return min(sizes, key=distance)
+
+
+def longest_fit(frames: int, lengths: Sequence[int]) -> int | None:
+    """The longest length that so many frames fill; None when even the shortest is too long."""
+    return max((length for length in lengths if length <= frames), default=None)
+
+
+@lru_cache(maxsize=4096)
+def latent_scenes(spec: TokenizerSpec, scene_frames: tuple[int, ...]) -> tuple[int, ...]:
+    """The shot of each latent frame, from the pixel frames of each shot: that of its middle pixel frame."""
+    shot_of_pixel = [shot for shot, frames in enumerate(scene_frames) for _ in range(frames)]
+    latent_frames = spec.latent_grid(len(shot_of_pixel), spec.spatial, spec.spatial)[0]
+    ends = [spec.pixel_frames(f + 1) for f in range(latent_frames)]
+    begins = [0, *ends[:-1]]
+    return tuple(shot_of_pixel[(begin + end) // 2] for begin, end in zip(begins, ends, strict=True))

@@ -1,0 +1,24 @@
+"""The latent cache: a folder of two Lance tables, the tokenizer and a note of what made it.
+
+cache.json     what made it, with a fingerprint        clips.lance   latents, captions, sources
+tokenizer/     the tokenizer                           text.lance    embeddings of a frozen text encoder
+skipped.jsonl  clips that could not be used, and why
+"""
+
+from motionloom.data.cache.build import CacheReport, Progress, build_cache
+from motionloom.data.cache.identity import Identity, decisive_keys
+from motionloom.data.cache.reader import Cache, Row, open_cache
+from motionloom.data.cache.text import TextTable, is_trained
+
+__all__ = [
+    "Cache",
+    "CacheReport",
+    "Identity",
+    "Progress",
+    "Row",
+    "TextTable",
+    "build_cache",
+    "decisive_keys",
+    "is_trained",
+    "open_cache",
+]

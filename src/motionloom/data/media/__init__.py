@@ -1,0 +1,25 @@
+"""Clips and sound, in and out of files.
+
+Pixels are (F, H, W, 3) uint8 sRGB with a rate in frames per second; sound is (channels, samples) float32.
+"""
+
+from motionloom.data.media.info import IMAGE_SUFFIXES, VIDEO_SUFFIXES, MediaError, MediaInfo
+from motionloom.data.media.pixels import random_offset, resize_cover_crop
+from motionloom.data.media.read import Clip, probe, read_clip
+from motionloom.data.media.sound import read_sound
+from motionloom.data.media.write import write_atomic, write_video
+
+__all__ = [
+    "IMAGE_SUFFIXES",
+    "VIDEO_SUFFIXES",
+    "Clip",
+    "MediaError",
+    "MediaInfo",
+    "probe",
+    "random_offset",
+    "read_clip",
+    "read_sound",
+    "resize_cover_crop",
+    "write_atomic",
+    "write_video",
+]

@@ -1,0 +1,1 @@
+"""Judges: what a model can do, in numbers."""

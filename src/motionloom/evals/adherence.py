@@ -1,0 +1,53 @@
+"""Prompt adherence on ShapeWorld: what the oracle sees in a clip, against what its prompt asked for.
+
+Protocol ``shapeworld-adherence-v1``: prompts of held-out (shape, colour, motion) combinations in the
+canonical wording, one clip each; a clip obeys an attribute if the oracle reads that attribute from its
+pixels; ``all`` is colour, shape and motion of the same clip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from motionloom.data.shapeworld import Facts, World, facts, prompt
+from motionloom.data.shapeworld.oracle import adherence, oracle
+
+PROTOCOL = "shapeworld-adherence-v1"
+JUDGED = ("color", "shape", "motion")
+
+
+@dataclass(frozen=True)
+class Adherence:
+    """Which attributes each clip obeys, in the prompts' order."""
+
+    obeyed: tuple[dict[str, bool], ...]
+
+    def rates(self) -> dict[str, float]:
+        """Share of clips that obey each attribute; ``all`` is the three of ``JUDGED`` at once."""
+        names = [name for name in self.obeyed[0] if name != "all"]
+        rates = {name: float(np.mean([clip[name] for clip in self.obeyed])) for name in names}
+        together = [all(clip[name] for name in JUDGED) for clip in self.obeyed]
+        return {**rates, "all": float(np.mean(together))}
+
+
+def held_out_prompts(world: World, count: int, seed: int) -> list[tuple[str, Facts]]:
+    """Prompts of combinations that the training split never holds, each combination as often as the next."""
+    specs = (facts(world.sample(seed, index, "test")) for index in range(64 * count))
+    chosen: list[Facts] = []
+    quota = -(-count // len(world.combinations("test")))
+    used: dict[object, int] = {}
+    for what in specs:
+        combination = what.objects[0].combination
+        if used.get(combination, 0) < quota and len(chosen) < count:
+            used[combination] = used.get(combination, 0) + 1
+            chosen.append(what)
+    return [(prompt(what), what) for what in chosen]
+
+
+def judge(videos: Iterable[np.ndarray], wanted: Sequence[Facts], world: World) -> Adherence:
+    """Read every clip, uint8 (F, H, W, 3), back and compare."""
+    pairs = zip(videos, wanted, strict=True)
+    return Adherence(tuple(adherence(oracle(video, world), what) for video, what in pairs))

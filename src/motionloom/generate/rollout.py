@@ -1,0 +1,113 @@
+"""The rollout engine: from noise to latents, under any plan, with any solver and guidance.
+
+Training roll-outs, clips, scenes and streams all come through here, over the plan code that training used.
+
+Shapes: B batch, F token frames, S cells of a frame, C channels of a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from motionloom.backbones.prediction import Predictor
+from motionloom.flow import PATHS, SOLVERS, Guidance, sigma_schedule
+from motionloom.plans import Geometry, Layout, Plan, Text, keep_given, read_video, to_streams_at
+
+Progress = Callable[[int, int], None]
+"""Called with (solver steps done, solver steps in all)."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a rollout walks from noise to data."""
+
+    solver: str = "euler"
+    steps: int = 50
+    shift: float = 1.0
+    path: str = "linear"
+    eta: float = 0.0
+    guidance: Guidance = field(default_factory=Guidance)
+
+
+@dataclass(frozen=True)
+class Given:
+    """Given frames: their clean tokens (B, F, S, C), anything elsewhere, and which they are (B, F)."""
+
+    clean_BFSC: Tensor
+    given_BF: Tensor
+
+
+@torch.no_grad()
+def rollout(
+    predictor: Predictor,
+    plan: Plan,
+    geometry: Geometry,
+    text: Text,
+    noise_BFSC: Tensor,
+    sampling: Sampling,
+    *,
+    negative: Text | None = None,
+    given: Given | None = None,
+    generator: torch.Generator | None = None,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Tokens (B, F, S, C) float32 that follow ``text``; given frames come back bit-identical.
+
+    Args:
+        noise_BFSC: the start, standard normal.
+        negative: the text that guidance pushes away from; needed when guidance is active.
+        generator: the noise of stochastic solvers, on the device of ``noise_BFSC``.
+    """
+    given = given or Given(torch.zeros_like(noise_BFSC), plan_nothing(geometry))
+    layout = plan.layout(geometry, text, given.given_BF)
+    negative_layout = plan.layout(geometry, negative, given.given_BF) if negative is not None else None
+
+    def velocity(x_BFSC: Tensor, sigma: float) -> Tensor:
+        v = _velocity(predictor, layout, text, given.clean_BFSC, x_BFSC, sigma)
+        if not sampling.guidance.active(sigma):
+            return v
+        assert negative is not None, "guidance needs a negative text; the empty caption will do"
+        assert negative_layout is not None
+        away = _velocity(predictor, negative_layout, negative, given.clean_BFSC, x_BFSC, sigma)
+        made_BFS = (~given.given_BF)[..., None].expand(v.shape[:3])
+        return sampling.guidance.combine(v, away, sigma, made_BFS)
+
+    sigmas = sigma_schedule(sampling.steps, shift=sampling.shift)
+    solver = SOLVERS[sampling.solver]
+    options: dict[str, object] = {"generator": generator} if solver.stochastic else {}
+    if sampling.solver == "ddim":
+        options["eta"] = sampling.eta
+    x_BFSC = solver.run(
+        velocity,
+        noise_BFSC,
+        sigmas,
+        path=PATHS[sampling.path],
+        callback=_reporter(progress, sampling.steps),
+        **options,
+    )
+    return keep_given(layout, given.clean_BFSC, x_BFSC)
+
+
+def plan_nothing(geometry: Geometry) -> Tensor:
+    """No frame is given, (B, F)."""
+    return torch.zeros(geometry.batch, geometry.grid[0], dtype=torch.bool, device=geometry.device)
+
+
+def _velocity(
+    predictor: Predictor, layout: Layout, text: Text, clean_BFSC: Tensor, x_BFSC: Tensor, sigma: float
+) -> Tensor:
+    """The network's velocity for the clip at one noise level; 0 for frames that are given."""
+    sigma_BD = torch.full((x_BFSC.shape[0], layout.num_draws), sigma, device=x_BFSC.device)
+    streams = to_streams_at(layout, clean_BFSC, x_BFSC, layout.levels(sigma_BD), text)
+    v_BFSC = read_video(layout, predictor.velocity(streams, layout.visibility)["video"])
+    return keep_given(layout, torch.zeros_like(v_BFSC), v_BFSC)
+
+
+def _reporter(progress: Progress | None, steps: int) -> Callable[[int, float, Tensor, Tensor], None] | None:
+    if progress is None:
+        return None
+    return lambda step, sigma, x, clean: progress(step + 1, steps)

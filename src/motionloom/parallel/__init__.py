@@ -1,0 +1,28 @@
+"""Ranks, sharding, gradients and state over many processes; the one place that knows ranks."""
+
+from motionloom.parallel.gradients import Gradients, clip_, grad_norm
+from motionloom.parallel.ranks import Ranks, start_ranks
+from motionloom.parallel.shard import parallelize
+from motionloom.parallel.state import (
+    fill,
+    load_optimizer_state,
+    local,
+    named_optimizer_state,
+    named_state,
+    whole,
+)
+
+__all__ = [
+    "Gradients",
+    "Ranks",
+    "clip_",
+    "fill",
+    "grad_norm",
+    "load_optimizer_state",
+    "local",
+    "named_optimizer_state",
+    "named_state",
+    "parallelize",
+    "start_ranks",
+    "whole",
+]

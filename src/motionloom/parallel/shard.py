@@ -1,0 +1,55 @@
+"""From a single-device module to one that trains on many: a plan applied from outside, in a fixed order.
+
+build -> activation checkpointing (the module's own) -> compile per block -> shard. A module says what its
+repeated parts are with ``blocks()``; nothing in it knows of ranks.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+
+from motionloom.parallel.ranks import Ranks
+
+
+def parallelize(
+    modules: Mapping[str, nn.Module], ranks: Ranks, sharding: Literal["ddp", "fsdp"], compile: bool = False
+) -> None:
+    """Put modules on this rank's device, all ranks with the main rank's values, compiled and sharded in
+    place.
+
+    ``fsdp`` cuts the parameters of modules with ``blocks()`` over the ranks, block by block (FSDP2). The
+    rest, and everything under ``ddp``, stays whole on each rank;
+    :class:`~motionloom.parallel.gradients.Gradients` averages their gradients. Optimisers must be made after
+    this call: sharding replaces the parameters.
+    """
+    for module in modules.values():
+        module.to(ranks.device)
+        _share_values(module, ranks)
+        blocks = _blocks(module)
+        if compile:
+            for block in blocks:
+                block.compile()
+        if sharding == "fsdp" and blocks and ranks.mesh is not None:
+            # The root is freed after its forward like every block. FSDP2 would keep it gathered, and a change
+            # of weights between two forwards without a backward (EMA weights for a preview) would go unseen.
+            # FSDP2 also remarks on every output that is a view, as a linear layer's is; nobody changes it in place.
+            warnings.filterwarnings("ignore", message=".*returned a view tensor.*")
+            for part in (*blocks, module):
+                fully_shard(part, mesh=ranks.mesh, reshard_after_forward=True)
+
+
+def _blocks(module: nn.Module) -> list[nn.Module]:
+    blocks = getattr(module, "blocks", None)
+    return list(blocks()) if callable(blocks) and not isinstance(blocks, nn.Module) else []
+
+
+@torch.no_grad()
+def _share_values(module: nn.Module, ranks: Ranks) -> None:
+    for tensor in (*module.parameters(), *module.buffers()):
+        ranks.from_main_(tensor)

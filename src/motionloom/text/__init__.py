@@ -1,0 +1,48 @@
+"""Text encoders: captions to token embeddings. A member is one file and one line in `ENCODERS`."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+
+from motionloom.config.recipe import TextEncoderConfig
+from motionloom.errors import UserError
+from motionloom.text.base import TextEncoder, encode_scenes, lay_scenes
+
+ENCODERS = {"hash": "motionloom.text.hash", "hf": "motionloom.text.hf"}
+"""Module of each ``text_encoder.type``; it offers ``build(config, seed)`` and ``load(folder, settings)``."""
+
+__all__ = [
+    "ENCODERS",
+    "TextEncoder",
+    "build_text_encoder",
+    "encode_scenes",
+    "lay_scenes",
+    "load_text_encoder",
+]
+
+
+def build_text_encoder(config: TextEncoderConfig, seed: int) -> TextEncoder:
+    """The text encoder of a recipe; a trained one starts as ``seed`` draws it, the same on every rank.
+
+    Raises:
+        UserError: the model cannot be had.
+    """
+    return importlib.import_module(ENCODERS[config.type]).build(config, seed)
+
+
+def load_text_encoder(folder: Path) -> TextEncoder:
+    """The text encoder that its ``save`` wrote into ``folder``.
+
+    Raises:
+        UserError: nothing readable is there, or the model that it names is gone or changed.
+    """
+    folder = Path(folder)
+    note = folder / "text_encoder.json"
+    try:
+        settings = json.loads(note.read_text())
+        module = ENCODERS[settings["type"]]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{note}: is missing or no text encoder's; name a folder that holds one") from error
+    return importlib.import_module(module).load(folder, settings)
