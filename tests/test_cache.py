@@ -598,6 +598,10 @@ def test_text_is_made_again_without_the_latents(world: list[ManifestEntry], cach
     assert (again.dim, len(again)) == (8, 11)
     assert again.mismatches(other) == []
     assert rows_of(cache_path) == before
+    assert build_cache(recipe(text_encoder=FROZEN), world[:1], cache_path).captions == 11, (
+        "of all clips there"
+    )
+    build_cache(other, world, cache_path)
     more = [*world, replace(world[0], id="more", caption="a new caption of many many words")]
     report = build_cache(other, more, cache_path)
     assert (report.captions, report.captions_cut) == (1, 1)
@@ -628,7 +632,6 @@ def test_embeddings_keep_the_encoders_own_dtype(world: list[ManifestEntry], cach
 def test_hf_embeddings_survive_a_moved_model(
     world: list[ManifestEntry], cache_path: Path, tmp_path: Path
 ) -> None:
-    pytest.importorskip("transformers")
     from test_text import save_model
 
     model = save_model(tmp_path / "t5", "t5")

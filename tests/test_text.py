@@ -77,7 +77,6 @@ def save_model(folder: Path, kind: str, seed: int = 0) -> Path:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    pytest.importorskip("transformers")
     root = tmp_path_factory.mktemp("models")
     return {kind: save_model(root / kind, kind) for kind in ARCHITECTURES}
 

@@ -36,7 +36,7 @@ class Space(NamedTuple):
 
     windows: Windows
     rotary: Rotary
-    """(B or 1, 1, W, 1, M, D/H)."""
+    """(B or 1, 1, S, 1, D/H)."""
     mask: Tensor | None
     """Broadcastable to (B, T, W, H, M, M), prepared."""
 
@@ -48,7 +48,7 @@ class Context(NamedTuple):
     modulation_BKPD: Tensor
     one_hot_BNK: Tensor | None
     time_rotary: Rotary
-    """(B or 1, 1, 1, T, D/H)."""
+    """(B or 1, T, 1, 1, D/H)."""
     time_mask: Tensor | None
     """Broadcastable to (B, S, H, T, T), prepared."""
     text_mask: Tensor | None
@@ -56,20 +56,21 @@ class Context(NamedTuple):
 
 
 class SelfAttention(nn.Module):
-    """Projections of one self-attention; its tokens are grouped by the block."""
+    """Projections of one self-attention; the block groups its tokens."""
 
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.norm = HeadNorm(dim // heads)
-        self.out = nn.Linear(dim, dim)
+        self.out = nn.Linear(dim, dim, bias=False)
 
-    def mix(self, qkv: Tensor, tables: Rotary, mask: Tensor | None) -> Tensor:
-        """(..., N, 3D) -> (..., N, D), before the output projection."""
-        q, k, v = split_heads(qkv, 3, self.heads)
+    def project(self, x_BTSD: Tensor, tables: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values (B, T, S, H, D/H). Turned before they are grouped, so that compiled code
+        writes them once, in their final order."""
+        q, k, v = split_heads(self.qkv(x_BTSD), 3, self.heads)
         q, k = (rotate(t, tables).to(v.dtype) for t in self.norm(q, k))
-        return join_heads(attend(q, k, v, mask))
+        return q, k, v
 
 
 class CrossAttention(nn.Module):
@@ -78,15 +79,16 @@ class CrossAttention(nn.Module):
     def __init__(self, dim: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim)
+        self.q = nn.Linear(dim, dim, bias=False)
+        self.kv = nn.Linear(dim, 2 * dim, bias=False)
         self.norm = HeadNorm(dim // heads)
-        self.out = nn.Linear(dim, dim)
+        self.out = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x_BND: Tensor, text_BLD: Tensor, mask: Tensor | None) -> Tensor:
         (q,) = split_heads(self.q(x_BND), 1, self.heads)
         k, v = split_heads(self.kv(text_BLD), 2, self.heads)
         q, k = (t.to(v.dtype) for t in self.norm(q, k))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return self.out(join_heads(attend(q, k, v, mask)))
 
 
@@ -121,19 +123,25 @@ class Block(nn.Module):
 
     def across_space(self, x_BND: Tensor, space: Space, context: Context) -> Tensor:
         """Attention among the cells of each window of each frame."""
-        batch, tokens, dim = x_BND.shape
-        frames = context.time_rotary[0].shape[-2]
-        shape = (batch, frames, space.windows.count, -1, 3 * dim)
-        qkv = space.windows.gather(self.space.qkv(x_BND).view(batch * frames, tokens // frames, -1))
-        mixed = self.space.mix(qkv.view(shape), space.rotary, space.mask)
-        mixed = space.windows.scatter(mixed.reshape(batch * frames, -1, dim))
-        return self.space.out(mixed.view(batch, tokens, dim))
+        layout = space.windows
+        x_BTSD = x_BND.unflatten(1, (context.time_rotary[0].shape[1], -1))
+        batch, frames = x_BTSD.shape[:2]
+
+        def grouped(t_BTSHd: Tensor) -> Tensor:
+            """(B, T, S, H, d) -> (B, T, W, H, M, d)."""
+            places = layout.gather(t_BTSHd.flatten(3).flatten(0, 1))
+            return places.view(batch, frames, layout.count, -1, *t_BTSHd.shape[3:]).transpose(-3, -2)
+
+        q, k, v = (grouped(t) for t in self.space.project(x_BTSD, space.rotary))
+        mixed_BTWMD = join_heads(attend(q, k, v, space.mask))
+        mixed = layout.scatter(mixed_BTWMD.flatten(2, 3).flatten(0, 1))
+        return self.space.out(mixed.view(x_BND.shape))
 
     def through_time(self, x_BND: Tensor, context: Context) -> Tensor:
         """Attention among the frames at each cell."""
-        frames = context.time_rotary[0].shape[-2]
-        qkv_BSTX = self.time.qkv(x_BND).unflatten(1, (frames, -1)).transpose(1, 2)
-        mixed_BSTD = self.time.mix(qkv_BSTX, context.time_rotary, context.time_mask)
+        x_BTSD = x_BND.unflatten(1, (context.time_rotary[0].shape[1], -1))
+        q, k, v = (t.permute(0, 2, 3, 1, 4) for t in self.time.project(x_BTSD, context.time_rotary))
+        mixed_BSTD = join_heads(attend(q, k, v, context.time_mask))
         return self.time.out(mixed_BSTD.transpose(1, 2).flatten(1, 2))
 
 
@@ -202,19 +210,23 @@ class Factorized(nn.Module):
             cells_BTI = t_BN.unflatten(1, (frames, -1))[:, :, layout.cell_I]
             return cells_BTI.unflatten(2, (layout.count, -1))
 
-        # Frame 0 speaks for all: cells keep their place.
-        pixels_BWM2 = grouped(video.position_BN3)[:, 0, ..., 1:]
-        cos, sin = rotary(pixels_BWM2, (SPACE, SPACE), head_dim)
         allowed = None if visibility.whole_frames else _grouped_mask(video, visibility, grouped)
         mask = layout.mask(allowed)
         mask = None if mask is None else mask[..., None, :, :]
-        return Space(layout, (cos[:, None, :, None], sin[:, None, :, None]), prepare_mask(mask))
+        return Space(layout, _space_rotary(video, head_dim), prepare_mask(mask))
+
+
+def _space_rotary(video: Stream, head_dim: int) -> Rotary:
+    # Frame 0 speaks for all: cells keep their place.
+    pixels_BS2 = video.position_BN3.unflatten(1, (video.grid[0], -1))[:, 0, :, 1:]
+    cos, sin = rotary(pixels_BS2, (SPACE, SPACE), head_dim)
+    return cos[:, None, :, None], sin[:, None, :, None]
 
 
 def _time_rotary(video: Stream, head_dim: int) -> Rotary:
     seconds_BT1 = video.position_BN3.unflatten(1, (video.grid[0], -1))[:, :, 0, :1]
     cos, sin = rotary(seconds_BT1, (TIME,), head_dim)
-    return cos[:, None, None], sin[:, None, None]
+    return cos[:, :, None, None], sin[:, :, None, None]
 
 
 def _time_mask(video: Stream, visibility: Visibility) -> Tensor | None:

@@ -37,7 +37,7 @@ class Context(NamedTuple):
     text_one_hot_BLK: Tensor | None
     video_one_hot_BNK: Tensor | None
     rotary: Rotary
-    """(B or 1, 1, J, D/H)."""
+    """(B or 1, J, 1, D/H)."""
     mask: Tensor | None
     """Broadcastable to (B, H, J, J), prepared."""
 
@@ -49,9 +49,9 @@ class Block(nn.Module):
         super().__init__()
         dim = config.dim
         self.heads = config.num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
         self.norm = HeadNorm(dim // config.num_heads)
-        self.out = nn.Linear(dim, dim)
+        self.out = nn.Linear(dim, dim, bias=False)
         self.mlp = MLP(dim, int(config.mlp_ratio * dim))
         self.text_table_PD = nn.Parameter(torch.zeros(PARTS, dim))
         self.video_table_PD = nn.Parameter(torch.zeros(PARTS, dim))
@@ -84,6 +84,7 @@ class Block(nn.Module):
         """Everyone with everyone that the mask allows."""
         q, k, v = split_heads(self.qkv(x_BJD), 3, self.heads)
         q, k = (rotate(t, context.rotary).to(v.dtype) for t in self.norm(q, k))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
         return self.out(join_heads(attend(q, k, v, context.mask)))
 
 
@@ -142,7 +143,7 @@ def _rotary(video: Stream, words: int, head_dim: int) -> Rotary:
     """Words stand nowhere; video tokens at their seconds and pixels."""
     tables = rotary(video.position_BN3, (TIME, SPACE, SPACE), head_dim)
     cos, sin = (
-        torch.cat([still, moved], dim=-2)[:, None]
+        torch.cat([still, moved], dim=-2)[:, :, None]
         for still, moved in zip(no_rotation(tables, words), tables, strict=True)
     )
     return cos, sin

@@ -164,6 +164,9 @@ class TrainConfig(Section):
     compile: bool = Field(default=False, description="Compile each block.")
     batch_size: Positive = Field(default=8, description="Per rank and micro-batch.")
     grad_accum_steps: Positive = 1
+    optimizer: Literal["adamw", "muon"] = Field(
+        default="adamw", description="muon: for the matrices of blocks; the rest takes AdamW."
+    )
     lr: Annotated[float, Field(gt=0)] = 1e-4
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup_steps: NotNegative = 0

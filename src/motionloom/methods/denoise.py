@@ -21,7 +21,7 @@ from motionloom.plans.geometry import token_geometry
 from motionloom.text.base import TextEncoder, encode_scenes
 from motionloom.tokenizers.base import TokenizerSpec
 from motionloom.train.method import Losses, StepContext
-from motionloom.train.optim import adamw
+from motionloom.train.muon import OPTIMIZERS
 
 
 class Denoise:
@@ -56,7 +56,7 @@ class Denoise:
             self._modules["text_encoder"] = self._text_encoder
         t = recipe.train
         self._optimizers: dict[str, torch.optim.Optimizer] = {
-            "denoise": adamw(self._modules, t.lr, t.betas, t.weight_decay)
+            "denoise": OPTIMIZERS[t.optimizer](self._modules, t.lr, t.betas, t.weight_decay)
         }
 
     def modules(self) -> dict[str, nn.Module]:

@@ -56,8 +56,8 @@ def prepare_mask(mask: Tensor | None) -> Tensor | None:
 
 
 def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:
-    """(..., N, parts x H x D) -> ``parts`` tensors (..., H, N, D): queries, keys, values."""
-    return x.unflatten(-1, (parts, heads, -1)).transpose(-4, -2).unbind(-3)
+    """(..., N, parts x H x D) -> ``parts`` tensors (..., N, H, D): queries, keys, values in token order."""
+    return x.unflatten(-1, (parts, heads, -1)).unbind(-3)
 
 
 def join_heads(x: Tensor) -> Tensor:

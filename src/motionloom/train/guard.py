@@ -53,7 +53,7 @@ class Guard:
         self._worst = torch.maximum(self._worst, verdict[0])
         self._post(step, torch.stack([self._worst, verdict[1]]))
         if self._lag and getattr(optimizer, "_step_supports_amp_scaling", False):
-            optimizer.found_inf = (self._worst > 0).float().reshape(1)  # type: ignore[attr-defined]
+            optimizer.found_inf = (self._worst > 0).float()  # type: ignore[attr-defined]
         else:
             self.look()
         optimizer.step()

@@ -31,7 +31,7 @@ from motionloom.data.cache.identity import (
     mismatches,
     require_spec,
 )
-from motionloom.data.cache.tables import CLIP_SCHEMA, CLIPS, Writer, open_table
+from motionloom.data.cache.tables import CLIP_SCHEMA, CLIPS, READERS, Writer, open_table
 from motionloom.data.cache.text import cache_text, is_trained
 from motionloom.data.manifest import ManifestEntry, Problem, Problems
 from motionloom.data.media import write_atomic
@@ -126,7 +126,7 @@ def build_cache(
             text_encoder = _frozen_encoder(recipe)
         embedded = cut = 0
         if text_encoder is not None and not text_encoder.trainable:
-            wordings = sorted({caption for entry in entries for caption in _all_captions(entry)})
+            wordings = _all_captions(out)
             embedded = cache_text(
                 out, recipe, text_encoder, wordings, lambda done, total: on_progress("captions", done, total)
             )
@@ -147,7 +147,7 @@ def _check_request(recipe: Recipe, entries: Sequence[ManifestEntry], out: Path) 
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; name a folder for the cache")
     if out.is_dir() and not (out / IDENTITY_FILE).exists():
-        names = {path.name for path in out.iterdir()} - {_LOCK, _TOKENIZER_NEW}
+        names = {path.name for path in out.iterdir()} - {_LOCK, READERS, _TOKENIZER_NEW}
         foreign = sorted(name for name in names if not name.startswith(f".{IDENTITY_FILE}."))
         if foreign:
             raise UserError(f"{out}: is not a cache and not empty (it holds {foreign[0]}); name a new folder")
@@ -207,8 +207,11 @@ def _frozen_encoder(recipe: Recipe) -> TextEncoder:
     return encoder
 
 
-def _all_captions(entry: ManifestEntry) -> list[str]:
-    return [scene.caption for scene in entry.scenes] or _wordings(entry)
+def _all_captions(out: Path) -> list[str]:
+    """Every caption in the cache, those of clips from other manifests included."""
+    table = open_table(out / CLIPS).to_table(columns=["captions", "wordings"])
+    columns = (table[name].to_pylist() for name in table.column_names)
+    return sorted({caption for column in columns for captions in column for caption in captions})
 
 
 def _wordings(entry: ManifestEntry) -> list[str]:

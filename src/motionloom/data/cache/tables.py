@@ -53,7 +53,7 @@ MEMORY_LIMIT = 2**30
 """Blobs of up to this many bytes in all are held in memory: a batch of 64 small clips then costs a tenth of a
 millisecond to gather instead of one and a half."""
 
-_READERS = ".readers"
+READERS = ".readers"
 # Files of some tens of megabytes are quick to read at random and few enough to list.
 _FILE_BYTES = 2**26
 # A long run of small commits would list the same files thousands of times over.
@@ -185,7 +185,7 @@ class Writer:
 def hold_open(folder: Path) -> IO[str] | None:
     """Keep writers from tidying a cache away under its reader, until the handle is closed or forgotten."""
     try:
-        handle = open(folder / _READERS, "a")  # noqa: SIM115 - its life is the reader's
+        handle = open(folder / READERS, "a")  # noqa: SIM115 - its life is the reader's
         fcntl.flock(handle, fcntl.LOCK_SH)
     except OSError:  # a cache on a read-only disk has no writers
         return None
@@ -194,7 +194,7 @@ def hold_open(folder: Path) -> IO[str] | None:
 
 @contextmanager
 def _nobody_reads(folder: Path) -> Iterator[bool]:
-    with open(folder / _READERS, "a") as handle:
+    with open(folder / READERS, "a") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
