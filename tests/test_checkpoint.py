@@ -24,7 +24,7 @@ from motionloom.tokenizers.base import TokenizerSpec
 from motionloom.train import checkpoint
 from motionloom.train.checkpoint import Contents
 from motionloom.train.tensors import TensorFile
-from toy_training import Listener, Regression, ToyBackbone, toy_recipe, toy_trainer
+from toy_training import Listener, Regression, ToyBackbone, metrics, toy_recipe, toy_trainer
 
 
 class Killed(BaseException):
@@ -157,6 +157,16 @@ def test_full_disk_leaves_the_older_checkpoint_and_no_half_one(tmp_path: Path) -
     assert checkpoint.load(tmp_path).step == 1
     checkpoint.save(tmp_path, contents(2, size=100_000))
     assert checkpoint.load(tmp_path).step == 2
+
+
+def test_full_disk_is_told_in_one_line_wherever_it_shows(tmp_path: Path) -> None:
+    """A run goes on from its last checkpoint once there is room."""
+    run(tmp_path)
+    with files_of_at_most(3_000), pytest.raises(UserError, match=r"make room|free some space") as caught:
+        toy_trainer(toy_recipe(max_steps=200), tmp_path).fit(resume=True)
+    assert "\n" not in str(caught.value)
+    assert toy_trainer(toy_recipe(max_steps=4), tmp_path).fit(resume=True).step == 4
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 2, 3, 4]
 
 
 def damage(folder: Path, kind: str) -> None:

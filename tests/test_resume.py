@@ -92,8 +92,8 @@ def killed_and_whole(folder: Path, ranks: int, recipe: dict[str, Any], program: 
     whole, killed = folder / "whole", folder / "killed"
     rng = numpy_rng("kill", ranks)
     finish(start(ranks, program, str(whole), text))
-    slow = start(ranks, "fit", str(killed), text, "--pause", "0.01")
-    kill_after(slow, killed, step=int(rng.integers(8, 50)), delay=float(rng.uniform(0, 0.02)))
+    slow = start(ranks, "fit", str(killed), text, "--pause", "0.03")
+    kill_after(slow, killed, step=int(rng.integers(8, 36)), delay=float(rng.uniform(0, 0.06)))
     reached = max(line["step"] for line in metrics_so_far(killed))
     assert reached < STEPS, "the kill came too late to prove anything"
     saved = checkpoint.latest(killed)

@@ -46,8 +46,8 @@ from toy_training import (
     [
         ("constant", 0, {0: 1.0, 99: 1.0, 500: 1.0}),
         ("constant", 4, {0: 0.25, 1: 0.5, 3: 1.0, 4: 1.0}),
-        ("linear", 10, {0: 0.1, 9: 1.0, 10: 1.0, 99: 0.2, 500: 0.2}),
-        ("cosine", 1, {0: 1.0, 1: 1.0, 50: 0.6, 99: 0.2, 500: 0.2}),
+        ("linear", 10, {0: 0.1, 9: 1.0, 10: 1.0, 55: 0.6, 100: 0.2, 500: 0.2}),
+        ("cosine", 0, {0: 1.0, 50: 0.6, 100: 0.2, 500: 0.2}),
     ],
 )
 def test_schedule(kind: Any, warmup: int, wanted: dict[int, float]) -> None:
@@ -306,6 +306,13 @@ def test_resume_of_a_finished_run_says_so(tmp_path: Path) -> None:
     assert (outcome.step, outcome.reason) == (2, "done")
     assert "all 2 steps are done: raise train.max_steps to go on" in listener.notes
     assert metrics(tmp_path) == lines
+
+
+def test_rates_after_a_resume_count_this_session_alone(tmp_path: Path) -> None:
+    toy_trainer(toy_recipe(max_steps=30), tmp_path).fit()
+    toy_trainer(toy_recipe(max_steps=32, log_every_steps=2), tmp_path).fit(resume=True)
+    line = metrics(tmp_path)[-1]
+    assert line["tokens_per_second"] == pytest.approx(8 * line["samples_per_second"])
 
 
 def test_metrics_after_a_resume_hold_no_step_twice(tmp_path: Path) -> None:

@@ -30,6 +30,9 @@ from motionloom.tokenizers.base import TokenizerSpec
 from motionloom.train import Losses, Progress, StepContext, Trainer
 from motionloom.train.optim import adamw
 
+# Toys gain nothing from threads, and lose much when other programs keep the cores busy.
+torch.set_num_threads(1)
+
 FRAMES, SIDE, CHANNELS, WIDTH, WORDS = 2, 2, 3, 8, 4
 CAPTIONS = ("red square", "blue square", "red circle", "a slow blue circle")
 

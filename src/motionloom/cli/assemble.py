@@ -11,10 +11,10 @@ from torch import nn
 
 from motionloom.backbones import Factorized, Joint, build_backbone
 from motionloom.backbones.prediction import Predictor
-from motionloom.config import Recipe
-from motionloom.config.load import load_recipe
+from motionloom.config import Recipe, load_recipe, packaged_recipes
 from motionloom.data.cache import Cache
 from motionloom.data.loader import Loader
+from motionloom.errors import UserError
 from motionloom.flow import PATHS
 from motionloom.generate import Model
 from motionloom.methods.denoise import Denoise
@@ -64,6 +64,7 @@ class Parts:
 
     recipe: Recipe
     cache: Cache
+    tokenizer: Tokenizer
     text_encoder: TextEncoder
     backbone: Factorized | Joint
     method: Denoise
@@ -79,12 +80,8 @@ class Parts:
 
     def model(self) -> Model:
         """The model as it stands, for previews."""
-        predictor = Predictor(
-            self.backbone, self.recipe.model.prediction, PATHS[self.recipe.flow_matching.path]
-        )
-        return Model(
-            self.recipe, self.cache.tokenizer(), self.text_encoder, predictor, self.plan, self.ranks.device
-        )
+        predictor = _predictor(self.recipe, self.backbone)
+        return Model(self.recipe, self.tokenizer, self.text_encoder, predictor, self.plan, self.ranks.device)
 
     def trainer(
         self, run_dir: Path, reporter: Reporter | None = None, on_sample: OnSample | None = None
@@ -97,7 +94,7 @@ class Parts:
             self.ranks,
             run_dir,
             heldout=self.heldout,
-            folders={"tokenizer": self.cache.tokenizer(), "text_encoder": self.text_encoder},
+            folders={"tokenizer": self.tokenizer, "text_encoder": self.text_encoder},
             data=self.loader.fingerprint(),
             reporter=reporter,
             on_sample=on_sample,
@@ -110,12 +107,12 @@ def assemble(recipe: Recipe, cache: Cache, ranks: Ranks) -> Parts:
     heldout = Loader(cache, recipe, ranks.rank, ranks.world, split="heldout")
     text_encoder = text_encoder_for(recipe)
     plan = build_plan(recipe)
-    spec = cache.tokenizer().spec
-    backbone = new_backbone(recipe, spec, text_encoder.dim)
+    tokenizer = cache.tokenizer()
+    backbone = new_backbone(recipe, tokenizer.spec, text_encoder.dim)
     modules: dict[str, nn.Module] = {"backbone": backbone, **_trained(text_encoder)}
     parallelize(modules, ranks, recipe.train.sharding, recipe.train.compile)
-    method = Denoise(recipe, backbone, plan, spec, text_encoder)
-    return Parts(recipe, cache, text_encoder, backbone, method, plan, loader, heldout, ranks)
+    method = Denoise(recipe, backbone, plan, tokenizer.spec, text_encoder)
+    return Parts(recipe, cache, tokenizer, text_encoder, backbone, method, plan, loader, heldout, ranks)
 
 
 def fresh_model(recipe: Recipe, device: torch.device) -> Model:
@@ -133,8 +130,12 @@ def fresh_model(recipe: Recipe, device: torch.device) -> Model:
         tokenizer = fit_tokenizer(config, list(noise.to(torch.uint8)))
     text_encoder = text_encoder_for(recipe)
     backbone = new_backbone(recipe, tokenizer.spec, text_encoder.dim).to(device)
-    predictor = Predictor(backbone, recipe.model.prediction, PATHS[recipe.flow_matching.path])
+    predictor = _predictor(recipe, backbone)
     return Model(recipe, tokenizer, text_encoder, predictor, build_plan(recipe), device)
+
+
+def _predictor(recipe: Recipe, backbone: Factorized | Joint) -> Predictor:
+    return Predictor(backbone, recipe.model.prediction, PATHS[recipe.flow_matching.path])
 
 
 def _trained(text_encoder: TextEncoder) -> dict[str, nn.Module]:
@@ -146,18 +147,30 @@ def _trained(text_encoder: TextEncoder) -> dict[str, nn.Module]:
 
 
 def pick_device(name: str = "auto") -> torch.device:
-    """``auto`` takes the GPU if there is one."""
+    """``auto`` takes the accelerator if there is one. Raises UserError for a device that is not here."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+        found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return found or torch.device("cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"--device {name}: cannot be used here ({reason}); use auto or cpu") from None
+
+
+def names_recipe(what: str) -> bool:
+    """Whether a command's argument means a recipe and not a folder; a packaged name wins, as in
+    ``load_recipe``."""
+    return what in packaged_recipes() or not Path(what).is_dir()
 
 
 def load_model(path: str | Path, *, raw: bool = False, device: str = "auto") -> Model:
     """A model from a checkpoint or run folder, with averaged weights unless ``raw`` or none were kept.
 
     Raises:
-        UserError: no checkpoint there, or it is damaged; says which file.
+        UserError: no checkpoint there, it is damaged, or no such device; says which.
     """
+    place = pick_device(device)
     saved = checkpoint.load(Path(path))
     recipe = load_recipe(saved.folder / "recipe.yaml")
     tokenizer: Tokenizer = load_tokenizer(saved.folder / "tokenizer")
@@ -166,9 +179,7 @@ def load_model(path: str | Path, *, raw: bool = False, device: str = "auto") -> 
     trained: dict[str, nn.Module] = {"backbone": backbone, **_trained(text_encoder)}
     weights = saved.weights(ema=not raw)
     fill(named_state(trained), weights, str(saved.folder))
-    place = pick_device(device)
     for module in (backbone, text_encoder):
         if isinstance(module, nn.Module):
             module.to(place).eval().requires_grad_(False)
-    predictor = Predictor(backbone, recipe.model.prediction, PATHS[recipe.flow_matching.path])
-    return Model(recipe, tokenizer, text_encoder, predictor, build_plan(recipe), place)
+    return Model(recipe, tokenizer, text_encoder, _predictor(recipe, backbone), build_plan(recipe), place)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.markup import escape
@@ -27,7 +29,9 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-FAILED, WRONG = 1, 2
+from motionloom.errors import UserError
+
+FAILED, WRONG, INTERRUPTED = 1, 2, 130
 
 Advance = Callable[[int, int], None]
 """(done, total)"""
@@ -104,24 +108,43 @@ class Out:
 
 
 class _Lines:
-    """Progress for logs: one line at every tenth of the work."""
+    """Progress for logs: the first item, every tenth of the way, and at least one line a minute."""
 
     def __init__(self, out: Out) -> None:
-        import time
-
-        self._out, self._clock, self._began, self._shown = out, time.monotonic, {}, {}  # type: ignore[var-annotated]
+        self._out = out
+        self._what, self._tenth = "", -1
+        # A stage begins where the one before it ended: its first item took time as well.
+        self._began = self._last_call = self._last_line = time.monotonic()
 
     def __call__(self, what: str, done: int, total: int) -> None:
-        now = self._clock()
-        began = self._began.setdefault(what, now)
+        now = time.monotonic()
+        if what != self._what:
+            self._what, self._tenth, self._began = what, -1, self._last_call
+        self._last_call = now
         tenth = 10 * done // max(1, total)
-        if tenth == self._shown.get(what):
+        if tenth == self._tenth and now - self._last_line < 60:
             return
-        self._shown[what] = tenth
-        seconds = now - began
-        rate = done / seconds if seconds > 0 else 0.0
-        left = f", {(total - done) / rate:.0f} s left" if rate else ""
-        self._out.note(f"{what}: {done} of {total}, {rate:.3g}/s{left}")
+        self._tenth, self._last_line = tenth, now
+        seconds = max(now - self._began, 1e-6)
+        rate = done / seconds
+        ends = f"{duration((total - done) / rate)} left" if done < total else f"in {duration(seconds)}"
+        self._out.note(f"{what}: {done} of {total}, {rate:.3g}/s, {ends}")
+
+
+def duration(seconds: float) -> str:
+    """``45 s``, ``7.5 min`` or ``3.2 h``."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"
+
+
+def new_folder(path: Path) -> Path:
+    """Make the folder that the user named for output. Raises UserError if it cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made ({error.strerror}); name another folder") from None
+    return path
 
 
 def skipped(out: Out, lines: Sequence[str], most: int = 20) -> None:
@@ -134,7 +157,7 @@ def skipped(out: Out, lines: Sequence[str], most: int = 20) -> None:
         out.note(lines[-1])
 
 
-def die(message: str, as_json: bool, code: int = WRONG) -> None:
+def die(message: str, as_json: bool, code: int = WRONG) -> NoReturn:
     """The one line of an error."""
     if as_json:
         print(json.dumps({"error": message}), flush=True)

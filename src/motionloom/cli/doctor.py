@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from motionloom.cli.console import FAILED, Out
+from motionloom.errors import UserError
 
 if TYPE_CHECKING:
     from motionloom.generate import Model
 
 
 def run(what: str, overrides: list[str], cache_path: Path | None, as_json: bool) -> None:
-    """Examine a recipe's fresh model, or a checkpoint's."""
-    from motionloom.cli.assemble import load_model
+    """Examine a recipe's fresh model, or a checkpoint's; exit with FAILED if anything is wrong."""
+    from motionloom.cli.assemble import names_recipe
     from motionloom.data.cache import open_cache
     from motionloom.evals.doctor import Doctor
 
     console = Out(as_json)
-    model = load_model(what, device="cpu") if Path(what).is_dir() else _fresh(what, overrides)
-    for module in (model.predictor.backbone, model.text_encoder):
-        if hasattr(module, "requires_grad_") and Path(what).is_dir():
-            module.requires_grad_(True)
-    findings = Doctor(model, open_cache(cache_path) if cache_path else None).examine()
-    wrong = [finding for finding in findings if finding.status == "wrong"]
-    verdict = f"{len(wrong)} of {len(findings)} checks found something wrong" if wrong else "all is well"
+    fresh = names_recipe(what)
+    if overrides and not fresh:
+        raise UserError(f"{overrides[0]}: a checkpoint has its own recipe; key=value is for recipes")
+    model = _fresh(what, overrides) if fresh else _trained(what)
+    cache = open_cache(cache_path) if cache_path else None
+    findings = Doctor(model, cache, trained=not fresh).examine()
+    count = Counter(finding.status for finding in findings)
+    verdict = f"{count['wrong']} wrong, {count['ok']} ok, {count['skipped']} skipped"
     console.result(
-        {"ok": not wrong, "findings": [asdict(finding) for finding in findings]},
+        {"ok": not count["wrong"], "findings": [asdict(finding) for finding in findings]},
         [*map(str, findings), verdict],
     )
-    if wrong:
+    if count["wrong"]:
         raise SystemExit(FAILED)
 
 
@@ -48,4 +51,18 @@ def _fresh(name: str, overrides: list[str]) -> Model:
     for module in modules:
         module.eval()
     wake(modules)
+    return model
+
+
+def _trained(path: str) -> Model:
+    """A checkpoint's model, with gradients where training had them."""
+    from torch import nn
+
+    from motionloom.cli.assemble import load_model
+
+    model = load_model(path, device="cpu")
+    trained = [model.predictor.backbone, *([model.text_encoder] if model.text_encoder.trainable else [])]
+    for module in trained:
+        assert isinstance(module, nn.Module)
+        module.requires_grad_(True)
     return model

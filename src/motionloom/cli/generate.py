@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from motionloom.cli.console import Out
+from motionloom.cli.console import Out, new_folder
 from motionloom.errors import UserError
 
 if TYPE_CHECKING:
@@ -59,6 +59,7 @@ def run(checkpoint: Path, wish: Wish, out: Path, raw: bool, device: str, as_json
     height, width = parse_size(wish.size)
     console = Out(as_json)
     model = load_model(checkpoint, raw=raw, device=device)
+    new_folder(out)
     sampling = recipe_sampling(model.recipe, steps=wish.steps, guidance=wish.guidance, solver=wish.solver)
     request = ClipRequest(
         wish.prompts,
@@ -69,12 +70,11 @@ def run(checkpoint: Path, wish: Wish, out: Path, raw: bool, device: str, as_json
         first_frames=_first_frames(model, wish, height, width),
         seed=wish.seed,
     )
-    with console.progress("network passes") as advance:
+    with console.progress("solver steps, all clips") as advance:
         clips = [clip.numpy() for clip in generate_clips(model, request, sampling, progress=advance)]
-    out.mkdir(parents=True, exist_ok=True)
     files = [out / f"{i:03d}_{slug(prompt)}.{wish.format}" for i, prompt in enumerate(wish.prompts)]
     for clip, file in zip(clips, files, strict=True):
-        write_video(file, clip, model.recipe.video.fps)
+        write_video(file, clip, model.fps)
     sheet = contact_sheet(clips, wish.prompts, out / "sheet.png")
     console.result(
         {"clips": [str(file) for file in files], "sheet": str(sheet), "seed": wish.seed},
@@ -95,9 +95,9 @@ def _first_frames(model: Model, wish: Wish, height: int | None, width: int | Non
 
     if wish.first_frame is None:
         return None
-    video, spec = model.recipe.video, model.tokenizer.spec
-    needed = (1 if spec.first_alone else spec.temporal) * model.patch[0]
-    size = (height or video.height, width or video.width)
+    needed = model.tokenizer.spec.pixel_frames(model.patch[0])
+    _, usual_height, usual_width = model.clip_shape
+    size = (height or usual_height, width or usual_width)
     clip = read_clip(wish.first_frame, size=size, background=model.recipe.preprocess.background)
     pixels = torch.from_numpy(clip.video_FHW3[:needed])
     if len(pixels) < needed:

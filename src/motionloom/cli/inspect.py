@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from motionloom.cli.console import Out
+from motionloom.errors import UserError
 
 
 def run(what: str, overrides: list[str], sheet: Path | None, as_json: bool) -> None:
     """Find out what ``what`` is, and show it."""
+    from motionloom.cli.assemble import names_recipe
+
     console = Out(as_json)
     path = Path(what)
-    if (path / "cache.json").is_file():
-        answer = _cache(path, sheet or path.parent / f"{path.name}_sheet.png")
-    elif path.is_dir():
-        answer = _checkpoint(path)
-    else:
+    if names_recipe(what):
         answer = _recipe(what, overrides)
-    console.result(answer, _lines(answer))
+    elif overrides:
+        raise UserError(f"{overrides[0]}: {what} has its own recipe; key=value is for recipes")
+    elif (path / "cache.json").is_file():
+        answer = _cache(path, sheet or path.parent / f"{path.name}_sheet.png")
+    else:
+        answer = _checkpoint(path)
+    console.result(answer, _lines({k: v for k, v in answer.items() if k != "buckets"}))
+    if isinstance(answer["buckets"], list):
+        heads = list(answer["buckets"][0])
+        rows = [[_short(row[head]) for head in heads] for row in answer["buckets"]]
+        console.table("", [head.replace("_", " ") for head in heads], rows)
+    else:
+        console.table("", ["bucket", "clips"], [[k, str(v)] for k, v in answer["buckets"].items()])
 
 
 def _cache(path: Path, sheet: Path) -> dict[str, Any]:
@@ -27,7 +39,7 @@ def _cache(path: Path, sheet: Path) -> dict[str, Any]:
     from motionloom.evals.inspection import inspect_cache, sheet_clips
 
     cache = open_cache(path)
-    contact_sheet(*sheet_clips(cache), sheet)
+    contact_sheet(*sheet_clips(cache), sheet, columns=2)
     return {**inspect_cache(cache), "sheet": str(sheet)}
 
 
@@ -56,25 +68,28 @@ def _recipe(name: str, overrides: list[str]) -> dict[str, Any]:
     return {**inspect_recipe(recipe, spec, modules), "notes": notes}
 
 
-def _lines(answer: dict[str, Any], indent: str = "") -> list[str]:
-    """The answer as indented ``key: value`` lines."""
+def _lines(answer: Mapping[str, Any]) -> list[str]:
+    """A line for each thing; one that is long has a line for each of its parts."""
+    width = max(map(len, answer))
     lines = []
     for key, value in answer.items():
-        if isinstance(value, dict):
-            lines += [f"{indent}{key}:", *_lines(value, indent + "  ")]
-        elif isinstance(value, list) and value and isinstance(value[0], dict):
-            lines.append(f"{indent}{key}:")
-            for item in value:
-                shown = ", ".join(f"{k} {_short(v)}" for k, v in item.items())
-                lines.append(f"{indent}  {shown}")
-        else:
-            lines.append(f"{indent}{key}: {_short(value)}")
+        parts = [_short(value)]
+        if isinstance(value, Mapping):
+            parts = [f"{name} {_short(part)}" for name, part in value.items()]
+        elif isinstance(value, list) and value and isinstance(value[0], str):
+            parts = value
+        if sum(map(len, parts)) < 60:
+            parts = [", ".join(parts)]
+        lines.append(f"{key.replace('_', ' '):{width}}  {parts[0]}")
+        lines += [" " * (width + 2) + part for part in parts[1:]]
     return lines
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, list) and not value:
+        return "none"
     if isinstance(value, float):
-        return f"{value:.4g}"
+        return f"{value:.3g}"
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10_000:
         return f"{value:,}"
     return str(value)

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from motionloom.cli.console import die
+from motionloom.cli.console import INTERRUPTED, WRONG, die
 from motionloom.errors import UserError
 
 app = typer.Typer(
@@ -24,7 +24,18 @@ app = typer.Typer(
 data_app = typer.Typer(help="Make or collect captioned clips.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
+# Wrong options and arguments. Typer exports only this child of it.
+_UsageError: Any = typer.BadParameter.__base__
+
 Json = Annotated[bool, typer.Option("--json", help="Print the answer as one JSON object on stdout.")]
+Recipe = Annotated[
+    str,
+    typer.Argument(metavar="RECIPE", help="A YAML file, or the name of one that comes along: quickstart ..."),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Changes to the recipe: train.lr=3e-4 ..."),
+]
 Seed = Annotated[int, typer.Option(min=0, help="Decides everything that is random.")]
 
 
@@ -43,6 +54,7 @@ def quickstart(
     keep: Annotated[
         list[str] | None, typer.Option(help="With --data: only clips whose attribute is this, key=value.")
     ] = None,
+    overrides: Overrides = None,
     open_page: Annotated[bool, typer.Option("--open/--no-open", help="Show the page in a browser.")] = True,
     as_json: Json = False,
 ) -> None:
@@ -50,7 +62,7 @@ def quickstart(
     from motionloom.cli import quickstart as command
 
     sizes = command.Sizes(minutes, clips, prompts)
-    command.run(data, sizes, out, seed, keep or [], open_page, as_json)
+    command.run(data, sizes, out, seed, keep or [], overrides or [], open_page, as_json)
 
 
 @data_app.command(
@@ -80,7 +92,8 @@ def shapeworld(
 @data_app.command(epilog="Example: motionloom data ingest my_clips --out manifest.jsonl")
 def ingest(
     source: Annotated[
-        Path, typer.Argument(help="Folder or zip with videos, animations, images, frame folders.")
+        Path,
+        typer.Argument(metavar="DIR", help="Folder or zip with videos, animations, images, frame folders."),
     ],
     out: Annotated[Path, typer.Option(help="The manifest to write.")] = Path("manifest.jsonl"),
     keep: Annotated[
@@ -98,10 +111,10 @@ def ingest(
     epilog="Example: motionloom cache quickstart --manifest worlds/small/manifest.jsonl --out caches/small"
 )
 def cache(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe that comes along.")],
+    recipe: Recipe,
     manifest: Annotated[Path, typer.Option(help="Which clips.")],
     out: Annotated[Path, typer.Option(help="The cache folder; an interrupted one is continued.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, dotted.")] = None,
+    overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
     """Turn pixels into latents and captions into embeddings, once."""
@@ -110,11 +123,13 @@ def cache(
     command.run(recipe, manifest, out, overrides or [], as_json)
 
 
-@app.command(epilog="Example: motionloom train quickstart --cache caches/small train.max_steps=200 seed=1")
+@app.command(
+    epilog="Example: motionloom train quickstart --cache caches/small experiment_name=mine train.max_steps=99"
+)
 def train(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, or the name of a recipe that comes along.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, dotted.")] = None,
-    cache: Annotated[Path | None, typer.Option(help="The cache folder; default: <run folder>/cache.")] = None,
+    recipe: Recipe,
+    overrides: Overrides = None,
+    cache: Annotated[Path | None, typer.Option(help="The cache folder; else the run folder's.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the newest checkpoint, to the bit.")
     ] = False,
@@ -130,7 +145,9 @@ def train(
     epilog='Example: motionloom generate runs/quickstart --prompt "a small red star moves up" --out clips'
 )
 def generate(
-    checkpoint: Annotated[Path, typer.Argument(help="A step_... folder, or a run folder for its newest.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CHECKPOINT", help="A step_... folder, or a run folder for its newest.")
+    ],
     prompt: Annotated[list[str], typer.Option(help="What to show; repeat for more clips.")],
     out: Annotated[Path, typer.Option(help="Folder for the clips and a sheet of them.")],
     steps: Annotated[int | None, typer.Option(min=1, help="Solver steps.")] = None,
@@ -159,10 +176,10 @@ def generate(
     command.run(checkpoint, request, out, raw, device, as_json)
 
 
-@app.command(epilog="Example: motionloom inspect runs/quickstart/cache --sheet sheet.png")
+@app.command(epilog="Example: motionloom inspect caches/small --sheet sheet.png")
 def inspect(
-    what: Annotated[str, typer.Argument(help="A recipe, a cache or a checkpoint.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for a recipe.")] = None,
+    what: Annotated[str, typer.Argument(metavar="RECIPE|CACHE|CHECKPOINT", help="What to look at.")],
+    overrides: Overrides = None,
     sheet: Annotated[
         Path | None, typer.Option(help="A cache's contact sheet (PNG); default: beside the cache.")
     ] = None,
@@ -176,8 +193,8 @@ def inspect(
 
 @app.command(epilog="Example: motionloom doctor quickstart --cache caches/small")
 def doctor(
-    what: Annotated[str, typer.Argument(help="A recipe or a checkpoint.")],
-    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for a recipe.")] = None,
+    what: Annotated[str, typer.Argument(metavar="RECIPE|CHECKPOINT", help="What to examine.")],
+    overrides: Overrides = None,
     cache: Annotated[Path | None, typer.Option(help="The cache it is to be trained on.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -189,16 +206,21 @@ def doctor(
 
 def main() -> None:
     """Entry point: errors of the user in one line with exit code 2, defects with their traceback."""
+    as_json = "--json" in sys.argv
     try:
-        app()
+        code = app(standalone_mode=False)
     except UserError as error:
-        die(str(error), "--json" in sys.argv)
-    except KeyboardInterrupt:
-        die(
-            "interrupted; what was finished is kept, the same command goes on from there",
-            "--json" in sys.argv,
-            130,
-        )
+        die(str(error), as_json)
+    except _UsageError as error:
+        if as_json:
+            die(error.format_message(), as_json)
+        error.show()
+        code = WRONG
+    except (KeyboardInterrupt, typer.Abort):
+        code = INTERRUPTED
+    if code == INTERRUPTED:
+        die("interrupted; what was finished is kept, the same command goes on from there", as_json, code)
+    raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,9 @@ class Previews:
     def __init__(self, parts: Parts, run_dir: Path) -> None:
         self._parts, self._folder = parts, run_dir / "samples"
         recipe = parts.recipe
-        prompts = recipe.train.sample_prompts or tuple(
-            caption for batch in [parts.heldout.batch(0)] for caption, *_ in batch.captions
-        )
+        # A cache of one clip holds none out.
+        unseen = parts.heldout if len(parts.heldout) else parts.loader
+        prompts = recipe.train.sample_prompts or tuple(" ".join(c) for c in unseen.batch(0).captions)
         self._prompts = prompts[: recipe.train.sample_num_images]
 
     def __call__(self, step: int, raw: Weights, ema: Weights | None) -> None:
@@ -26,10 +26,7 @@ class Previews:
         if ema is not None and self._parts.recipe.ema.use_for_sampling:
             weights["ema"] = ema
         model = self._parts.model()
-        height, width, frames = self._size()
-        request = ClipRequest(
-            tuple(self._prompts), frames, height, width, seed=self._parts.recipe.train.sample_seed
-        )
+        request = ClipRequest(self._prompts, seed=self._parts.recipe.train.sample_seed)
         for name, applied in weights.items():
             with applied():
                 clips = list(generate_clips(model, request, recipe_sampling(self._parts.recipe)))
@@ -40,11 +37,3 @@ class Previews:
                     list(self._prompts),
                     self._folder / f"step_{step:08d}_{name}.png",
                 )
-
-    def _size(self) -> tuple[int, int, int]:
-        """The recipe's clip, or its first bucket."""
-        recipe = self._parts.recipe
-        width, height = recipe.video.width, recipe.video.height
-        if recipe.bucketing.enabled:
-            width, height = recipe.bucketing.buckets[0]
-        return height, width, recipe.video.num_frames

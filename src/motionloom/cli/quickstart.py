@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from motionloom.cli.console import Out, skipped
+from motionloom.cli.console import Out, new_folder, skipped
+from motionloom.data.media import write_atomic
 
 if TYPE_CHECKING:
     from motionloom.cli.assemble import Parts
@@ -40,19 +41,32 @@ class Sizes:
 
 @dataclass
 class Diary:
-    """Figures of the run, and how long each stage took."""
+    """Figures of the run, and how long each stage took, over all calls that worked on it."""
 
     console: Out
+    folder: Path
     seconds: dict[str, float] = field(default_factory=dict)
     report: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self._file.exists():
+            self.seconds = json.loads(self._file.read_text())
+
+    @property
+    def _file(self) -> Path:
+        return self.folder / "seconds.json"
+
     @contextmanager
     def stage(self, name: str, says: str) -> Iterator[None]:
-        """Time a stage and announce it."""
+        """Time a stage and announce it. One that fails or is interrupted took its time as well."""
         self.console.note(f"[{name}] {says}")
         began = time.monotonic()
-        yield
-        self.seconds[name] = round(time.monotonic() - began, 1)
+        try:
+            yield
+        finally:
+            took = self.seconds.get(name, 0.0) + time.monotonic() - began
+            self.seconds[name] = round(took, 1)
+            write_atomic(self._file, json.dumps(self.seconds).encode())
 
 
 @dataclass(frozen=True)
@@ -68,24 +82,33 @@ class Wish:
         return Wish(self.name, (*self.overrides, *more))
 
     def recipe(self) -> Recipe:
+        """The recipe with these overrides."""
         from motionloom.config import load_recipe
 
         return load_recipe(self.name, self.overrides)
 
 
 def run(
-    data: Path | None, sizes: Sizes, out: Path, seed: int, keep: list[str], open_page: bool, as_json: bool
+    data: Path | None,
+    sizes: Sizes,
+    out: Path,
+    seed: int,
+    keep: list[str],
+    overrides: list[str],
+    open_page: bool,
+    as_json: bool,
 ) -> None:
     """Everything; writes report.json and index.html into ``out``."""
     from motionloom.cli.quickstart_report import finish
     from motionloom.data.cache import build_cache, open_cache
     from motionloom.parallel import start_ranks
 
-    diary = Diary(Out(as_json))
-    wish = Wish(
-        "quickstart" if data is None else "clips",
-        (f"output_dir={out.parent}", f"experiment_name={out.name}", f"seed={seed}"),
-    )
+    name = "quickstart" if data is None else "clips"
+    # As JSON, so that YAML does not read a folder named 7 as a number.
+    folder, run_name = json.dumps(str(out.parent)), json.dumps(out.name)
+    wish = Wish(name, (*overrides, f"output_dir={folder}", f"experiment_name={run_name}", f"seed={seed}"))
+    wish.recipe()  # what is wrong with it is said before anything is made
+    diary = Diary(Out(as_json), new_folder(out))
     if data is None:
         with diary.stage("world", f"{sizes.clips} captioned clips of ShapeWorld"):
             entries = _world(wish.recipe(), sizes.clips, out, diary)
@@ -165,7 +188,7 @@ def _with_steps(wish: Wish, minutes: float, out: Path, ranks: Any, diary: Diary)
 
     begun = checkpoint.latest(out)
     if begun is not None:
-        diary.console.note(f"going on from {begun.name}")
+        diary.console.note(f"going on from {begun.name}, with the recipe and the steps that it began with")
         return load_recipe(begun / "recipe.yaml")
     recipe = wish.recipe()
     with diary.stage("calibrate", "compile, and count how many steps fit"):
@@ -206,10 +229,12 @@ def _train(recipe: Recipe, out: Path, ranks: Any, diary: Diary) -> Parts:
     write_provenance(out, recipe)
     with diary.stage("train", f"{recipe.train.max_steps} steps"), TrainingView(diary.console) as view:
         outcome = parts.trainer(out, view).fit(resume=checkpoint.latest(out) is not None)
+    if outcome.reason == "signal":
+        raise KeyboardInterrupt
     diary.report["train"] = {
         "steps": outcome.step,
         "reason": outcome.reason,
-        "seconds": round(outcome.seconds, 1),
+        "seconds": round(diary.seconds["train"], 1),
         "checkpoint": str(outcome.checkpoint),
     }
     return parts

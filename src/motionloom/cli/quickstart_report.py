@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
+import shlex
 import sys
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from motionloom.data.media import write_atomic
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,64 +22,110 @@ if TYPE_CHECKING:
     from motionloom.cli.quickstart import Diary
     from motionloom.data.shapeworld import Facts, World
     from motionloom.generate import Model
-    from motionloom.studio.page import Chart
+    from motionloom.studio.page import Chart, Sample
 
 OWN_PROMPTS = 16
 
 
+@dataclass(frozen=True)
+class Wishes:
+    """What the finished model is asked for."""
+
+    prompts: list[str]
+    title: str
+    """What kind of prompts they are."""
+    frames: int
+    """Of each clip."""
+    world: World | None = None
+    facts: list[Facts] = field(default_factory=list)
+    """What the oracle must find, with a world."""
+
+
+@dataclass(frozen=True)
+class Made:
+    """What it answered."""
+
+    clips: list[np.ndarray]
+    marks: list[dict[str, bool]]
+    """What of each prompt its clip obeys; empty where no oracle can say."""
+    near: list[Near]
+    """For the clips that are shown."""
+
+
+class Near(NamedTuple):
+    """The training clip most like a sample."""
+
+    pixels_PHW3: Tensor
+    caption: str
+    distance: float
+
+
 def finish(parts: Parts, out: Path, is_world: bool, prompts: int, shown: int, diary: Diary) -> Path:
-    """Generate, judge, and write clips, sheet, report.json and index.html; returns the page."""
+    """Generate, judge, and write clips, sheets, report.json and index.html; returns the page."""
     from motionloom.cli.assemble import load_model
 
     model = load_model(out)
-    world, wanted, captions = _wishes(parts, is_world, prompts)
-    with diary.stage("generate", f"{len(captions)} clips for prompts that training never saw"):
-        clips = _generate(model, captions, diary)
-    marks: list[dict[str, bool]] = [{} for _ in captions]
+    wishes = _world_wishes(parts, prompts) if is_world else _own_wishes(parts, prompts)
+    with diary.stage("generate", f"{len(wishes.prompts)} {wishes.title.lower()}"):
+        clips = _generate(model, wishes, diary)
     with diary.stage("judge", "reading the clips back, and looking for copies of training clips"):
-        if world is not None:
-            marks = _judge(model, world, clips, wanted, diary)
-        near = _nearest(parts, model, clips[:shown])
-    with diary.stage("page", "clips, sheet, report and page"):
-        page = _write(parts, out, captions, clips, marks, near, shown, diary)
-    return page
+        marks = _judge(model, wishes, clips, diary) if wishes.world else [{} for _ in clips]
+        made = Made(clips, marks, _nearest(parts, model, clips[:shown]))
+    with diary.stage("pictures", "clips and sheets to disk"):
+        samples = _pictures(parts, out, wishes, made)
+    losses, chart = _losses(out)
+    diary.report["heldout_loss"] = losses
+    diary.report["seconds"] = {**diary.seconds, "all": round(sum(diary.seconds.values()), 1)}
+    diary.report |= _provenance(parts)
+    write_atomic(out / "report.json", json.dumps(diary.report, indent=1, default=str).encode())
+    _page(parts, out, wishes, samples, chart, diary)
+    return out / "index.html"
 
 
-def _wishes(parts: Parts, is_world: bool, count: int) -> tuple[World | None, list[Facts], list[str]]:
-    """Prompts of held-out combinations of ShapeWorld, or the captions of held-out clips."""
+def _world_wishes(parts: Parts, count: int) -> Wishes:
+    """Prompts of held-out combinations of ShapeWorld."""
+    from motionloom.data.shapeworld import World
+    from motionloom.evals.adherence import held_out_prompts
+
     video = parts.recipe.video
-    if is_world:
-        from motionloom.data.shapeworld import World
-        from motionloom.evals.adherence import held_out_prompts
+    world = World.quickstart(video.width, video.num_frames, video.fps)
+    pairs = held_out_prompts(world, count, parts.recipe.seed)
+    title = "Clips for combinations that training never saw"
+    return Wishes([p for p, _ in pairs], title, video.num_frames, world, [what for _, what in pairs])
 
-        world = World.quickstart(video.width, video.num_frames, video.fps)
-        pairs = held_out_prompts(world, count, parts.recipe.seed)
-        return world, [what for _, what in pairs], [prompt for prompt, _ in pairs]
+
+def _own_wishes(parts: Parts, count: int) -> Wishes:
+    """Captions of held-out clips, or of training clips where there are too few to hold any out."""
+    clips, title = parts.heldout, "Clips for the captions of held-out clips"
+    if not len(clips):
+        clips, title = parts.loader, "Clips for captions of the training"
     captions: dict[str, None] = {}
-    for n in range(len(parts.heldout)):
-        captions |= dict.fromkeys(" ".join(scenes) for scenes in parts.heldout.batch(n).captions)
-    return None, [], list(captions)[:OWN_PROMPTS]
+    for n in range(min(len(clips), OWN_PROMPTS)):
+        captions |= dict.fromkeys(" ".join(scenes) for scenes in clips.batch(n).captions)
+    # Images among videos are a start to learn from; what is wanted is the commonest kind.
+    frames = Counter(bucket.frames for bucket, rows in parts.cache.buckets.items() for _ in rows)
+    return Wishes(list(captions)[: min(count, OWN_PROMPTS)], title, frames.most_common(1)[0][0])
 
 
-def _generate(model: Model, prompts: Sequence[str], diary: Diary) -> list[np.ndarray]:
+def _generate(model: Model, wishes: Wishes, diary: Diary) -> list[np.ndarray]:
     from motionloom.generate import ClipRequest, generate_clips, recipe_sampling
 
-    request = ClipRequest(tuple(prompts), seed=model.recipe.train.sample_seed)
-    with diary.console.progress("network passes") as advance:
+    request = ClipRequest(tuple(wishes.prompts), wishes.frames, seed=model.recipe.train.sample_seed)
+    with diary.console.progress("solver steps, all clips") as advance:
         made = generate_clips(model, request, recipe_sampling(model.recipe), batch_size=64, progress=advance)
         return [clip.numpy() for clip in made]
 
 
-def _judge(
-    model: Model, world: World, clips: list[np.ndarray], wanted: list[Facts], diary: Diary
-) -> list[dict[str, bool]]:
+def _judge(model: Model, wishes: Wishes, clips: list[np.ndarray], diary: Diary) -> list[dict[str, bool]]:
     """Adherence of the clips, and what the oracle still reads after the tokenizer alone."""
     import torch
 
     from motionloom.data.shapeworld import facts, render_video
     from motionloom.evals.adherence import PROTOCOL, judge
 
-    result = judge(clips, wanted, world)
+    world = wishes.world
+    assert world is not None
+    result = judge(clips, wishes.facts, world)
     rates = {name: round(rate, 4) for name, rate in result.rates().items()}
     diary.report["prompt_adherence"] = {k: rates[k] for k in ("color", "shape", "motion", "all")}
     diary.report["also_obeyed"] = {
@@ -90,7 +140,7 @@ def _judge(
     return [{name: clip[name] for name in ("color", "shape", "motion")} for clip in result.obeyed]
 
 
-def _nearest(parts: Parts, model: Model, clips: list[np.ndarray]) -> list[tuple[Tensor, str, float]]:
+def _nearest(parts: Parts, model: Model, clips: list[np.ndarray]) -> list[Near]:
     """For each sample the closest training clip: its pixels, caption and distance."""
     import torch
 
@@ -108,74 +158,58 @@ def _nearest(parts: Parts, model: Model, clips: list[np.ndarray]) -> list[tuple[
     found = nearest_clips([torch.from_numpy(clip) for clip in clips], training())
     best = decoded([rows[n.index] for n in found])
     names = [" | ".join(row["captions"]) for row in parts.cache.metadata([rows[n.index] for n in found])]
-    return [(clip, name, n.distance) for clip, name, n in zip(best, names, found, strict=True)]
+    return [Near(clip, name, n.distance) for clip, name, n in zip(best, names, found, strict=True)]
 
 
-def _write(
-    parts: Parts,
-    out: Path,
-    captions: list[str],
-    clips: list[np.ndarray],
-    marks: list[dict[str, bool]],
-    near: list[tuple[Tensor, str, float]],
-    shown: int,
-    diary: Diary,
-) -> Path:
+def _pictures(parts: Parts, out: Path, wishes: Wishes, made: Made) -> list[Sample]:
+    """Every clip as a file, the shown ones with the training clip that is most like them, and the sheets."""
     from motionloom.data.media import write_video
     from motionloom.data.sheets import animated_sheet, contact_sheet
-    from motionloom.studio.page import Page, Sample, Table, Tile, write_page
+    from motionloom.studio.page import Sample
 
-    fps = parts.cache.fps
-    for n, clip in enumerate(clips):
+    fps, shown = parts.cache.fps, len(made.near)
+    for n, clip in enumerate(made.clips):
         write_video(out / "clips" / f"{n:03d}.webp", clip, fps, quality=100)
     samples = []
-    for n, (pixels, name, distance) in enumerate(near):
-        write_video(out / "clips" / f"{n:03d}_nearest.webp", pixels.numpy(), fps, quality=100)
-        note = f"nearest training clip (right): “{name}”, {distance:.0f} levels away"
-        samples.append(
-            Sample(captions[n], f"clips/{n:03d}.webp", f"clips/{n:03d}_nearest.webp", note, marks[n])
-        )
-    contact_sheet(clips[:shown], captions[:shown], out / "sheet.png", columns=2)
-    animated_sheet(clips[:shown], out / "sheet.webp", fps=fps, columns=6, captions=captions[:shown])
-    losses, chart = _losses(out)
-    diary.report["heldout_loss"] = losses
-    diary.report["seconds"] = {**diary.seconds, "all": round(sum(diary.seconds.values()), 1)}
-    diary.report |= _provenance(parts)
-    adherence = diary.report.get("prompt_adherence", {})
-    tiles = [Tile(name, f"{rate:.0%}") for name, rate in adherence.items()]
+    for n, near in enumerate(made.near):
+        write_video(out / "clips" / f"{n:03d}_nearest.webp", near.pixels_PHW3.numpy(), fps, quality=100)
+        note = f"nearest: “{near.caption}”, {near.distance:.0f} levels away"
+        files = f"clips/{n:03d}.webp", f"clips/{n:03d}_nearest.webp"
+        samples.append(Sample(wishes.prompts[n], *files, note, made.marks[n]))
+    contact_sheet(made.clips[:shown], wishes.prompts[:shown], out / "sheet.png", columns=2)
+    animated_sheet(
+        made.clips[:shown], out / "sheet.webp", fps=fps, columns=6, captions=wishes.prompts[:shown]
+    )
+    return samples
+
+
+def _page(parts: Parts, out: Path, wishes: Wishes, samples: list[Sample], chart: Chart, diary: Diary) -> None:
+    from motionloom.studio.page import Page, Table, Tile, write_page
+
+    report, losses = diary.report, diary.report["heldout_loss"]
+    tiles = [Tile(f"{k} as asked", f"{rate:.0%}") for k, rate in report.get("prompt_adherence", {}).items()]
     tiles += [
-        Tile("steps", str(diary.report["train"]["steps"])),
-        Tile("parameters", f"{diary.report['parameters'] / 1e6:.1f} M"),
-        Tile("minutes in all", f"{diary.report['seconds']['all'] / 60:.1f}"),
+        Tile("steps", str(report["train"]["steps"])),
+        Tile("parameters", f"{report['parameters'] / 1e6:.1f} M"),
+        Tile("minutes in all", f"{report['seconds']['all'] / 60:.1f}"),
         Tile("held-out loss", f"{losses['first']:.3f} → {losses['last']:.3f}" if losses else "–"),
     ]
-    write_page(
-        Page(
-            title=f"MotionLoom: {parts.recipe.experiment_name}",
-            subtitle="A text-to-video model, trained from nothing on this machine.",
-            tiles=tiles,
-            samples=samples,
-            samples_title="Clips for prompts that training never saw",
-            samples_note="Left: generated. Right: the training clip that looks most like it.",
-            charts=chart,
-            tables=[
-                Table(
-                    "Seconds",
-                    ("stage", "seconds"),
-                    [(k, f"{v:g}") for k, v in diary.report["seconds"].items()],
-                )
-            ],
-            commands=_commands(out, captions[0]),
-        ),
-        out / "index.html",
+    page = Page(
+        title=f"MotionLoom: {parts.recipe.experiment_name}",
+        subtitle="A text-to-video model, trained from nothing on this machine.",
+        tiles=tiles,
+        samples=samples,
+        samples_title=wishes.title,
+        samples_note="Left: generated. Right: the training clip that looks most like it, and how far its "
+        "pixels are away, of 255 levels.",
+        charts=[chart],
+        tables=[Table("Time", ("stage", "seconds"), [(k, f"{v:g}") for k, v in report["seconds"].items()])],
+        commands=_commands(out, wishes.prompts[0]),
     )
-    part = out / "report.json.part"
-    part.write_text(json.dumps(diary.report, indent=1, default=str), encoding="utf-8")
-    os.replace(part, out / "report.json")
-    return out / "index.html"
+    write_page(page, out / "index.html")
 
 
-def _losses(out: Path) -> tuple[dict[str, float], list[Chart]]:
+def _losses(out: Path) -> tuple[dict[str, float], Chart]:
     """First and last held-out loss, and the curves."""
     from motionloom.studio.page import Chart, line_chart
 
@@ -192,10 +226,10 @@ def _losses(out: Path) -> tuple[dict[str, float], list[Chart]]:
     chart = Chart(
         "Loss",
         "Velocity error by optimiser step; the held-out clips are never trained on.",
-        line_chart(curves),
+        line_chart(curves, "step"),
     )
     held_out = [loss for _, loss in curves["held out"]]
-    return ({"first": held_out[0], "last": held_out[-1]} if held_out else {}), [chart]
+    return ({"first": held_out[0], "last": held_out[-1]} if held_out else {}), chart
 
 
 def _provenance(parts: Parts) -> dict[str, Any]:
@@ -206,7 +240,7 @@ def _provenance(parts: Parts) -> dict[str, Any]:
         "parameters": count,
         "tokens_per_clip": parts.tokens_per_clip(),
         "seed": parts.recipe.seed,
-        "command": " ".join(["motionloom", *sys.argv[1:]]),
+        "command": shlex.join(["motionloom", *sys.argv[1:]]),
         "machine": {
             "device": str(parts.ranks.device),
             "threads": torch.get_num_threads(),
@@ -217,12 +251,13 @@ def _provenance(parts: Parts) -> dict[str, Any]:
 
 
 def _commands(out: Path, prompt: str) -> str:
+    run, cache = shlex.quote(str(out)), shlex.quote(str(out / "cache"))
     return "\n".join(
         [
-            f'motionloom generate {out} --prompt "{prompt}" --out more_clips',
-            f"motionloom inspect {out / 'cache'}        # what the model was trained on, as a contact sheet",
-            f"motionloom doctor {out} --cache {out / 'cache'}",
-            f"tensorboard --logdir {out / 'tensorboard'}",
+            f"motionloom generate {run} --prompt {shlex.quote(prompt)} --out more_clips",
+            f"motionloom inspect {cache}    # what the model was trained on, as a contact sheet",
+            f"motionloom doctor {run} --cache {cache}",
+            f"tensorboard --logdir {shlex.quote(str(out / 'tensorboard'))}",
             "motionloom quickstart --data path/to/your/clips --out runs/mine",
         ]
     )

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from motionloom.cli.console import Out
+from motionloom.cli.console import INTERRUPTED, Out
+
+if TYPE_CHECKING:
+    from motionloom.data.loader import Loader
 
 
 def run(recipe_name: str, overrides: list[str], cache_path: Path | None, resume: bool, as_json: bool) -> None:
@@ -15,23 +19,24 @@ def run(recipe_name: str, overrides: list[str], cache_path: Path | None, resume:
     from motionloom.config import load_recipe_with_notes, write_provenance
     from motionloom.data.cache import open_cache
     from motionloom.parallel import start_ranks
+    from motionloom.train import checkpoint
 
     console = Out(as_json)
     recipe, notes = load_recipe_with_notes(recipe_name, overrides)
     run_dir = Path(recipe.output_dir) / recipe.experiment_name
     with start_ranks() as ranks:
-        cache = open_cache(cache_path or run_dir / "cache")
-        parts = assemble(recipe, cache, ranks)
+        parts = assemble(recipe, open_cache(cache_path or run_dir / "cache"), ranks)
         if ranks.is_main:
             for note in notes:
                 console.note(note)
             show_buckets(console, parts.loader)
+            # Never into the folder of another run, which the trainer is about to refuse.
+            if resume or checkpoint.latest(run_dir) is None:
+                write_provenance(run_dir, recipe)
         with TrainingView(console) as view:
             previews = Previews(parts, run_dir) if recipe.train.sample_every_steps else None
-            trainer = parts.trainer(run_dir, view, previews)
-            outcome = trainer.fit(resume)
+            outcome = parts.trainer(run_dir, view, previews).fit(resume)
         if ranks.is_main:
-            write_provenance(run_dir, recipe)
             console.result(
                 {
                     "run": str(run_dir),
@@ -39,12 +44,15 @@ def run(recipe_name: str, overrides: list[str], cache_path: Path | None, resume:
                     "step": outcome.step,
                     "reason": outcome.reason,
                     "seconds": outcome.seconds,
+                    "notes": notes,
                 },
                 [f"{outcome.step} steps ({outcome.reason}): {outcome.checkpoint}"],
             )
+    if outcome.reason == "signal":
+        raise SystemExit(INTERRUPTED)
 
 
-def show_buckets(console: Out, loader) -> None:  # type: ignore[no-untyped-def]
+def show_buckets(console: Out, loader: Loader) -> None:
     """What becomes of every clip, before the first step."""
     for row in loader.report():
         console.note(

@@ -5,10 +5,15 @@ from __future__ import annotations
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 from rich.progress import Progress as Bars
 
-from motionloom.cli.console import Out
+from motionloom.cli.console import Out, duration
 from motionloom.train.report import Progress
 
-SHOWN = ("loss", "grad_norm", "lr", "heldout_loss", "heldout_loss_ema", "samples_per_second")
+SHOWN = {
+    "loss": "loss",
+    "heldout_loss": "held out",
+    "heldout_loss_ema": "held out, EMA",
+    "grad_norm": "gradient",
+}
 
 
 class TrainingView:
@@ -16,39 +21,36 @@ class TrainingView:
 
     def __init__(self, out: Out) -> None:
         self._out = out
-        self._bar: Bars | None = None
+        self._bars = Bars(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[pace]}  {task.fields[figures]}"),
+            console=out.err,
+            disable=not out.err.is_terminal,
+        )
+        self._task = self._bars.add_task("training", total=None, pace="", figures="")
 
     def __enter__(self) -> TrainingView:
-        if self._out.err.is_terminal:
-            self._bar = Bars(
-                TextColumn("training"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]} steps/s, {task.fields[left]} left  {task.fields[loss]}"),
-                console=self._out.err,
-            )
-            self._task = self._bar.add_task("training", total=None, rate="", left="", loss="")
-            self._bar.start()
+        self._bars.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        self._bars.stop()
 
     def step(self, progress: Progress) -> None:
-        left = f"{progress.seconds_left / 60:.1f} min"
-        if self._bar is not None:
-            loss = f"loss {progress.values['loss']:.4f}" if "loss" in progress.values else None
-            self._bar.update(self._task, completed=progress.step, total=progress.max_steps)
-            self._bar.tasks[0].fields.update(rate=f"{progress.steps_per_second:.2f}", left=left)
-            if loss:
-                self._bar.tasks[0].fields["loss"] = loss
-        elif progress.values:
-            shown = "  ".join(f"{k} {progress.values[k]:.4g}" for k in SHOWN if k in progress.values)
-            self._out.note(
-                f"step {progress.step}/{progress.max_steps}  {shown}  "
-                f"{progress.steps_per_second:.2f} steps/s, {left} left"
-            )
+        """After an optimiser step: move the bar, or write a line where there is something to write."""
+        pace = f"{progress.steps_per_second:.3g} steps/s, {duration(progress.seconds_left)} left"
+        figures = {name: progress.values[key] for key, name in SHOWN.items() if key in progress.values}
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+        if self._bars.disable:
+            if shown:
+                self._out.note(f"step {progress.step}/{progress.max_steps}  {shown}  {pace}")
+            return
+        self._bars.update(self._task, completed=progress.step, total=progress.max_steps, pace=pace)
+        if shown:
+            self._bars.update(self._task, figures=shown)
 
     def note(self, message: str) -> None:
+        """A line for people."""
         self._out.note(message)

@@ -97,6 +97,7 @@ class Problems:
     usable: int = 0
 
     def add(self, problem: Problem) -> None:
+        """One more."""
         self.items.append(problem)
 
     def __len__(self) -> int:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import product
 
 import numpy as np
 
-from motionloom.data.shapeworld import Facts, World, facts, prompt
-from motionloom.data.shapeworld.oracle import adherence, oracle
+from motionloom.data.shapeworld import Attributes, Facts, World, adherence, oracle, prompt
+from motionloom.rng import numpy_rng
 
 PROTOCOL = "shapeworld-adherence-v1"
 JUDGED = ("color", "shape", "motion")
@@ -34,16 +35,20 @@ class Adherence:
 
 
 def held_out_prompts(world: World, count: int, seed: int) -> list[tuple[str, Facts]]:
-    """Prompts of combinations that the training split never holds, each combination as often as the next."""
-    specs = (facts(world.sample(seed, index, "test")) for index in range(64 * count))
-    chosen: list[Facts] = []
-    quota = -(-count // len(world.combinations("test")))
-    used: dict[object, int] = {}
-    for what in specs:
-        combination = what.objects[0].combination
-        if used.get(combination, 0) < quota and len(chosen) < count:
-            used[combination] = used.get(combination, 0) + 1
-            chosen.append(what)
+    """Prompts of one object, of combinations that the training split never holds.
+
+    Each combination comes as often as the next, and so do its sizes and backgrounds.
+    """
+    rng = numpy_rng("held-out prompts", seed)
+    combinations = rng.permutation(world.combinations("test")).tolist()
+    settings = rng.permutation(list(product(world.sizes, world.backgrounds))).tolist()
+    chosen = []
+    for n in range(count):
+        turn, which = divmod(n, len(combinations))
+        # Neighbours start at different settings, so that few prompts show all settings as well.
+        size, background = settings[(turn + which) % len(settings)]
+        shape, color, motion = combinations[which]
+        chosen.append(Facts((Attributes(shape, color, size, motion),), background))
     return [(prompt(what), what) for what in chosen]
 
 

@@ -1,14 +1,17 @@
 """The doctor: in seconds, before a run is paid for, is this model alive and is its data the right data?
 
-Every check perturbs one thing that must matter, or one that must not, and looks at the output. Layers that
-start at zero are given small values first (``wake``), since a fresh adaLN-Zero network answers 0 to everything.
+Every check perturbs one thing that must matter, or one that must not, and looks at the network's answer.
+Layers that start at zero are given small values first (``wake``), since a fresh adaLN-Zero network answers 0
+to everything.
 
-Shapes: B batch, F token frames, S cells of a frame, C channels of a token, N tokens, L text tokens.
+Shapes: B batch, F token frames, S cells of a frame, C channels of a token, L text tokens, N video tokens,
+J = L + N.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,26 +19,21 @@ import torch
 from torch import Tensor, nn
 
 from motionloom.data.cache import Cache
+from motionloom.data.cache.identity import mismatches
 from motionloom.generate import Given, Model
-from motionloom.plans import (
-    Attributes,
-    Geometry,
-    Layout,
-    Streams,
-    Text,
-    join_attributes,
-    read_video,
-    to_streams_at,
-)
+from motionloom.plans import Geometry, Layout, Streams, Text, join_attributes, read_video, to_streams_at
 from motionloom.rng import torch_generator
+from motionloom.text import encode_scenes
 
 Status = Literal["ok", "wrong", "skipped"]
 
-# Relative to the output's RMS: below it a change is rounding, above it an influence. Float32 rounding through
-# a deep network stays near 1e-6; an attention that uses its input moves the output by far more than 1e-4.
-NOTHING, SOMETHING = 1e-5, 1e-4
+# Relative to the output's RMS. What has no influence leaves the output equal to the bit (a masked weight is
+# an exact 0), so this only has to be above nothing; a network in its first steps is moved by 1e-4.
+NOTHING = 1e-6
 # The doctor looks at a small clip: structure does not depend on size.
 SIDE, FRAMES = 4, 8
+KEYS = 4
+"""How many hidden tokens of each modality are tried."""
 CAPTIONS = (
     "a small red circle moves left on a dark background",
     "two large green cats sleep, light background",
@@ -71,14 +69,15 @@ class Doctor:
     """Examines one model on its own kind of input.
 
     Args:
-        fresh: the model is untrained; wake it first with :func:`wake`.
+        model: a fresh one must be woken first (:func:`wake`).
+        cache: what the model is, or is to be, trained on.
+        trained: its tokenizer is the one that it learned with, which the cache must then have.
     """
 
-    def __init__(self, model: Model, cache: Cache | None = None) -> None:
-        self.model, self.cache = model, cache
+    def __init__(self, model: Model, cache: Cache | None = None, *, trained: bool = False) -> None:
+        self.model, self.cache, self.trained = model, cache, trained
         self.geometry = self._geometry()
-        self.text = model.encode_text([[CAPTIONS[0]] * self._scenes])
-        self.layout = self._layout(self.text)
+        self.text = model.encode_text(self._captions(0))
         shape = (
             1,
             self.geometry.grid[0],
@@ -89,15 +88,18 @@ class Doctor:
         self.x_BFSC = torch.randn(shape, generator=generator).to(model.device)
         self.other_BFSC = torch.randn(shape, generator=generator).to(model.device)
         self.base_BFSC = self._answer()
+        self._wrong: set[str] = set()
 
     def examine(self) -> list[Finding]:
-        """All checks."""
+        """All checks. One that could only repeat what an earlier one found is skipped and says so."""
         checks: tuple[Callable[[], Finding], ...] = (
             self.answers,
-            self.text_matters,
+            self.captions_differ,
             self.padding_is_hidden,
+            self.text_matters,
+            self.noise_level_matters,
             self.time_matters,
-            self.order_matters,
+            self.space_matters,
             self.given_matters,
             self.given_is_exact,
             self.hidden_is_hidden,
@@ -105,7 +107,12 @@ class Doctor:
             self.latents_are_scaled,
             self.cache_is_this_recipes,
         )
-        return [check() for check in checks]
+        findings = []
+        for check in checks:
+            findings.append(check())
+            if findings[-1].status == "wrong":
+                self._wrong.add(findings[-1].check)
+        return findings
 
     def answers(self) -> Finding:
         """The output is finite and not 0."""
@@ -116,96 +123,115 @@ class Doctor:
             return Finding("output", "wrong", "it is 0 everywhere", "train from weights that are not zero")
         return Finding("output", "ok", f"finite, RMS {rms:.3g}")
 
-    def text_matters(self) -> Finding:
-        """Another caption gives another output."""
-        other = self.model.encode_text([[CAPTIONS[1]] * self._scenes])
-        change = self._change(self._answer(text=other))
-        return _must_matter(
-            "text", change, "the caption", "check the text mask and that the text encoder is not constant"
-        )
+    def captions_differ(self) -> Finding:
+        """The text encoder gives two captions different embeddings, in the tokens that it calls valid."""
+        check, other = "text encoder", self.model.encode_text(self._captions(1))
+        if not torch.isfinite(self.text.x_BLC).all():
+            return Finding(check, "wrong", "its embeddings are not finite", "look at its weights and dtype")
+        words = self.text.x_BLC[self.text.valid_BL]
+        if not words.any():
+            mend = "the mask is inverted: True must mean that a token is valid"
+            return Finding(check, "wrong", "the embeddings of valid tokens are 0", mend)
+        both_BL = self.text.valid_BL & other.valid_BL
+        change = _rms((self.text.x_BLC - other.x_BLC)[both_BL]) / _rms(words)
+        if change <= NOTHING:
+            mend = "it is constant: look at its weights and at the ids that reach them"
+            return Finding(check, "wrong", "two captions have the same embedding", mend)
+        return Finding(check, "ok", f"two captions differ by {change:.2g} of their size")
 
     def padding_is_hidden(self) -> Finding:
-        """What stands in padding has no influence, what stands in words has."""
+        """What stands in padding has no influence."""
         padding_BL1 = ~self.text.valid_BL[..., None]
-        noise = torch.randn(self.text.x_BLC.shape, generator=torch_generator("doctor", "padding")).to(
-            self.text.x_BLC
-        )
-        words = self._change(
-            self._answer(text=replace(self.text, x_BLC=torch.where(padding_BL1, self.text.x_BLC, noise)))
-        )
         if not padding_BL1.any():
-            return Finding(
-                "text mask", "skipped", "the caption fills max_length; there is no padding to hide"
-            )
-        leak = self._change(
-            self._answer(text=replace(self.text, x_BLC=torch.where(padding_BL1, noise, self.text.x_BLC)))
-        )
-        if leak > NOTHING and words <= SOMETHING:
+            return Finding("text mask", "skipped", "the caption fills max_length: there is no padding")
+        leak = self._change(self._answer(text=self._noise_where(padding_BL1)))
+        if leak <= NOTHING:
+            return Finding("text mask", "ok", "padding has no influence")
+        if self._change(self._answer(text=self._noise_where(~padding_BL1))) <= NOTHING:
             mend = "the mask is inverted: True must mean that a token is valid"
             return Finding("text mask", "wrong", "only padding is attended to", mend)
-        if leak > NOTHING:
-            mend = "hand Stream.valid_BN to the attention as its key mask"
-            return Finding("text mask", "wrong", f"padding changes the output by {leak:.2g}", mend)
-        return Finding("text mask", "ok", "padding has no influence")
+        mend = "hand Stream.valid_BN to the attention as its key mask"
+        return Finding("text mask", "wrong", f"padding changes the output by {leak:.2g}", mend)
 
-    def time_matters(self) -> Finding:
+    def text_matters(self) -> Finding:
+        """Another caption gives another output."""
+        if because := self._wrong & {"text encoder", "text mask"}:
+            return Finding("text", "skipped", f"mend the {because.pop()} first")
+        other = self.model.encode_text(self._captions(1))
+        change = self._change(self._answer(text=other))
+        return _must_matter("text", change, "the caption", "let the video's tokens attend to the text stream")
+
+    def noise_level_matters(self) -> Finding:
         """Another noise level gives another output."""
         change = self._change(self._answer(sigma=0.9))
         return _must_matter(
             "noise level", change, "sigma", "check the embedding of Stream.sigma_BK and its modulation"
         )
 
-    def order_matters(self) -> Finding:
-        """Swapping two frames does more than swap two frames of the output."""
+    def time_matters(self) -> Finding:
+        """The same frames at twice the distance give another output."""
         if self.geometry.grid[0] < 2:
-            return Finding("frame order", "skipped", "there is one frame")
-        swap = [1, 0, *range(2, self.geometry.grid[0])]
-        change = self._change(self._answer(x=self.x_BFSC[:, swap])[:, swap])
-        return _must_matter(
-            "frame order", change, "the order of frames", "give the tokens their time position"
-        )
+            return Finding("time", "skipped", "there is one frame")
+        slower = replace(self.geometry, seconds_BF=2 * self.geometry.seconds_BF)
+        change = self._change(self._answer(geometry=slower))
+        return _must_matter("time", change, "a token's time", "use the seconds of Stream.position_BN3")
+
+    def space_matters(self) -> Finding:
+        """The same cells at twice the distance give another output."""
+        down, right = self.geometry.pixels_per_cell
+        wider = replace(self.geometry, pixels_per_cell=(2 * down, 2 * right))
+        change = self._change(self._answer(geometry=wider))
+        return _must_matter("space", change, "a token's place", "use the pixels of Stream.position_BN3")
 
     def given_matters(self) -> Finding:
         """A given frame changes what is made of the others."""
-        if not self.model.plan.knows_given or self.geometry.grid[0] < 2:
+        if not self._can_give:
             return Finding("given frames", "skipped", "this plan gives none")
-        a, b = (self._with_given(clean) for clean in (self.x_BFSC, self.other_BFSC))
-        change = _rms((a - b)[:, 1:]) / max(_rms(a[:, 1:]), 1e-12)
+        a, b = (self._answer(given=self._first(clean))[:, 1:] for clean in (self.x_BFSC, self.other_BFSC))
+        change = _rms(a - b) / max(_rms(a), 1e-12)
         return _must_matter("given frames", change, "the given frame", "let later tokens see the given ones")
 
     def given_is_exact(self) -> Finding:
         """Given tokens enter bit-identical, at sigma 0, with no loss on them."""
-        if not self.model.plan.knows_given or self.geometry.grid[0] < 2:
-            return Finding("given frames are exact", "skipped", "this plan gives none")
-        given = self._given(self.other_BFSC)
-        layout = self.model.plan.layout(self.geometry, self.text, given.given_BF)
-        video = self._streams(layout, given.clean_BFSC, self.x_BFSC, 0.5, self.text)["video"]
-        # The context copies of teacher forcing stand in front; the clip is the tail.
-        first = video.x_BNC.unflatten(1, (video.grid[0], -1))[:, -self.geometry.grid[0]]
-        sigma_first = video.sigma_BN.unflatten(1, (video.grid[0], -1))[:, -self.geometry.grid[0]]
-        if not torch.equal(first, self.other_BFSC[:, 0]) or sigma_first.any():
-            mend = "build streams with plans.to_streams, which copies given tokens"
-            return Finding("given frames are exact", "wrong", "they change on the way in", mend)
-        return Finding("given frames are exact", "ok", "bit-identical, at noise level 0")
+        check = "given frames are exact"
+        if not self._can_give:
+            return Finding(check, "skipped", "this plan gives none")
+        given = self._first(self.other_BFSC)
+        layout = self._layout(self.text, given)
+        video = self._streams(layout, self.x_BFSC, 0.5, self.text, given)["video"]
+
+        def of_frame(t_BN: Tensor) -> Tensor:
+            # The context copies of teacher forcing stand in front; the clip is the tail.
+            return t_BN.unflatten(1, (video.grid[0], -1))[:, -self.geometry.grid[0]]
+
+        mend = "build streams with plans.to_streams, which copies given tokens"
+        if not torch.equal(of_frame(video.x_BNC), self.other_BFSC[:, 0]):
+            return Finding(check, "wrong", "they change on the way in", mend)
+        if of_frame(video.sigma_BN).any() or of_frame(video.loss_BN).any():
+            return Finding(check, "wrong", "they have a noise level or count in the loss", mend)
+        return Finding(check, "ok", "bit-identical, at noise level 0, not in the loss")
 
     def hidden_is_hidden(self) -> Finding:
-        """A token that cannot be seen, through any number of layers, has no influence."""
-        streams = self._streams(self.layout, self.x_BFSC, self.x_BFSC, 0.5, self.text)
-        sees = self._reach([streams["text"].attributes, streams["video"].attributes])
+        """A token that a query may not see, at once or through other tokens, has no influence on it.
+
+        The whole network is held against everything that can be reached through any number of layers; its
+        first block alone against the visibility itself, which many layers wash out.
+        """
+        layout = self._layout(self.text)
+        streams = self._streams(layout, self.x_BFSC, 0.5, self.text)
+        joined = join_attributes([streams["text"].attributes, streams["video"].attributes])
+        sees_JJ = layout.visibility.allows(joined.queries(), joined.keys())[0]
+        sees_JJ = sees_JJ | torch.eye(len(sees_JJ), dtype=torch.bool, device=sees_JJ.device)
         words = streams["text"].grid[2]
-        sees_video_QK = sees[words:, words:]
-        if sees_video_QK.all():
-            return Finding("hidden tokens", "ok", "this plan hides no video token")
-        worst = 0.0
-        for key in (sees_video_QK.float().mean(dim=0)).argsort()[:4].tolist():
-            x_BNC = streams["video"].x_BNC.clone()
-            x_BNC[:, key] += 1.0
-            changed = {**streams, "video": streams["video"].with_x(x_BNC, streams["video"].sigma_BK)}
-            difference_N = (self._velocity(changed) - self._velocity(streams)).abs().amax(dim=(0, 2))
-            worst = max(worst, float(difference_N[~sees_video_QK[:, key]].max()))
-        if worst > NOTHING * max(_rms(self.base_BFSC), 1e-12):
+        if sees_JJ[words:].all():
+            return Finding("hidden tokens", "ok", "this plan hides nothing from the video")
+        with torch.no_grad():
+            leak = self._leak(streams, layout, _reach(sees_JJ)[words:])
+            with self._first_block_alone():
+                leak = max(leak, self._leak(streams, layout, sees_JJ[words:]))
+        if leak > NOTHING:
             mend = "a mask is missing somewhere: compare the backbone with plans.dense_mask"
-            return Finding("hidden tokens", "wrong", f"one changes the output by {worst:.2g}", mend)
+            return Finding("hidden tokens", "wrong", f"one changes the output by {leak:.2g}", mend)
         return Finding("hidden tokens", "ok", "they have no influence")
 
     def gradients_reach(self) -> Finding:
@@ -213,31 +239,35 @@ class Doctor:
         modules: dict[str, object] = {"backbone": self.model.predictor.backbone}
         if self.model.text_encoder.trainable:
             modules["text_encoder"] = self.model.text_encoder
-        named = [
-            (f"{name}.{path}", parameter)
+        named = {
+            f"{name}.{path}": parameter
             for name, module in modules.items()
             if isinstance(module, nn.Module)
             for path, parameter in module.named_parameters()
-        ]
-        with torch.enable_grad():
-            text = self._text_with_gradient()
-            streams = self._streams(self.layout, self.x_BFSC, self.x_BFSC, 0.5, text)
-            loss = self._velocity(streams).square().mean()
-            wanted = [parameter for _, parameter in named if parameter.requires_grad]
-            gradients = (
-                torch.autograd.grad(loss, wanted, allow_unused=True)
-                if loss.requires_grad
-                else [None] * len(wanted)
-            )
-        alive = {id(p) for p, g in zip(wanted, gradients, strict=True) if g is not None and bool(g.any())}
-        dead = [name for name, parameter in named if id(parameter) not in alive]
+        }
+        dead = self._without_gradient(named)
         if dead:
             shown = ", ".join(dead[:3]) + (f" and {len(dead) - 3} more" if len(dead) > 3 else "")
-            mend = "let them take part in the output, set requires_grad, or remove them"
-            return Finding(
-                "gradients", "wrong", f"{len(dead)} of {len(named)} parameters get none: {shown}", mend
-            )
+            mend = "let them take part in the output, or remove them"
+            if frozen := [name for name in dead if not named[name].requires_grad]:
+                mend = f"set requires_grad on them ({len(frozen)} are frozen), or do not call them trained"
+            seen = f"{len(dead)} of {len(named)} parameters get none: {shown}"
+            return Finding("gradients", "wrong", seen, mend)
         return Finding("gradients", "ok", f"reach all {len(named)} parameters")
+
+    def _without_gradient(self, named: dict[str, nn.Parameter]) -> list[str]:
+        """Names of the parameters that the output's size does not depend on."""
+        wanted = [parameter for parameter in named.values() if parameter.requires_grad]
+        with torch.enable_grad():
+            encoder = self.model.text_encoder
+            text = encode_scenes(encoder, self._captions(0)) if encoder.trainable else self.text
+            layout = self._layout(text)
+            loss = self._predict(layout, self._streams(layout, self.x_BFSC, 0.5, text)).square().mean()
+            if not loss.requires_grad:
+                return list(named)
+            gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
+        alive = {id(p) for p, g in zip(wanted, gradients, strict=True) if g is not None and bool(g.any())}
+        return [name for name, parameter in named.items() if id(parameter) not in alive]
 
     def latents_are_scaled(self) -> Finding:
         """Every channel of the cached latents has mean near 0 and deviation near 1."""
@@ -255,78 +285,120 @@ class Doctor:
         """The cache is the one that this recipe would make."""
         if self.cache is None:
             return Finding("cache", "skipped", "no cache was named (--cache)")
-        if wrong := self.cache.mismatches(self.model.recipe):
+        tokenizer = self.model.tokenizer if self.trained else None
+        if wrong := mismatches(self.cache.identity, self.model.recipe, tokenizer=tokenizer):
             mend = "make it again: motionloom cache RECIPE --manifest M --out NEW"
             return Finding("cache", "wrong", f"made otherwise: {'; '.join(wrong)}", mend)
         return Finding("cache", "ok", f"the one that this recipe makes, {len(self.cache)} clips")
 
     # How the questions are put
 
+    def _captions(self, which: int) -> list[list[str]]:
+        """One sample, the same caption in every scene."""
+        return [[CAPTIONS[which]] * (1 + int(self.geometry.scene_BF.max()))]
+
     @property
-    def _scenes(self) -> int:
-        return 2 if self.model.recipe.plan.type == "scenes" else 1
+    def _can_give(self) -> bool:
+        return self.model.plan.knows_given and self.geometry.grid[0] > 1
 
     def _geometry(self) -> Geometry:
-        """A small clip of this recipe's kind."""
-        spec, patch, video = self.model.tokenizer.spec, self.model.patch, self.model.recipe.video
-        frames = min(spec.latent_grid(video.num_frames, spec.spatial, spec.spatial)[0] // patch[0], FRAMES)
-        frames = max(frames, self._scenes) * patch[0]
-        scenes = [frames // 2, frames - frames // 2] if self._scenes == 2 else [frames]
+        """A small clip of this recipe's kind, in two scenes: plans without scenes do not mind."""
+        spec, patch = self.model.tokenizer.spec, self.model.patch
+        latent_frames = spec.latent_grid(self.model.clip_shape[0], spec.spatial, spec.spatial)[0]
+        frames = min(latent_frames // patch[0], FRAMES)
+        scenes = [part * patch[0] for part in (frames // 2, frames - frames // 2) if part]
         side = SIDE * spec.spatial
         return self.model.geometry(
-            spec.pixel_frames(frames), side * patch[1], side * patch[2], video.fps, scenes, batch=1
+            spec.pixel_frames(sum(scenes)), side * patch[1], side * patch[2], self.model.fps, scenes, batch=1
         )
 
-    def _layout(self, text: Text, given: Given | None = None) -> Layout:
-        nothing_BF = torch.zeros(1, self.geometry.grid[0], dtype=torch.bool, device=self.model.device)
-        return self.model.plan.layout(self.geometry, text, nothing_BF if given is None else given.given_BF)
-
-    def _given(self, clean_BFSC: Tensor) -> Given:
-        given_BF = torch.zeros(1, self.geometry.grid[0], dtype=torch.bool, device=self.model.device)
+    def _first(self, clean_BFSC: Tensor) -> Given:
+        """The first frame given."""
+        given_BF = self._nothing()
         given_BF[:, 0] = True
         return Given(clean_BFSC, given_BF)
 
-    def _with_given(self, clean_BFSC: Tensor) -> Tensor:
-        given = self._given(clean_BFSC)
-        layout = self._layout(self.text, given)
-        with torch.no_grad():
-            streams = self._streams(layout, given.clean_BFSC, self.x_BFSC, 0.5, self.text)
-            return read_video(layout, self._velocity(streams))
+    def _nothing(self) -> Tensor:
+        return torch.zeros(1, self.geometry.grid[0], dtype=torch.bool, device=self.model.device)
 
-    def _streams(self, layout: Layout, clean: Tensor, x: Tensor, sigma: float, text: Text) -> Streams:
+    def _layout(self, text: Text, given: Given | None = None, geometry: Geometry | None = None) -> Layout:
+        given_BF = self._nothing() if given is None else given.given_BF
+        return self.model.plan.layout(geometry or self.geometry, text, given_BF)
+
+    def _streams(
+        self, layout: Layout, x_BFSC: Tensor, sigma: float, text: Text, given: Given | None = None
+    ) -> Streams:
         sigma_BD = torch.full((1, layout.num_draws), sigma, device=self.model.device)
-        return to_streams_at(layout, clean, x, layout.levels(sigma_BD), text)
+        clean_BFSC = x_BFSC if given is None else given.clean_BFSC
+        return to_streams_at(layout, clean_BFSC, x_BFSC, layout.levels(sigma_BD), text)
 
-    def _velocity(self, streams: Streams) -> Tensor:
-        return self.model.predictor.velocity(streams, self.layout.visibility)["video"]
+    def _predict(self, layout: Layout, streams: Streams) -> Tensor:
+        """The network's own answer (B, N, C): as a velocity it would depend on sigma, whatever the network
+        made of it."""
+        return self.model.predictor.backbone(streams, layout.visibility)["video"]
 
-    def _answer(self, x: Tensor | None = None, sigma: float = 0.5, text: Text | None = None) -> Tensor:
-        x, text = self.x_BFSC if x is None else x, self.text if text is None else text
-        layout = self._layout(text)
-        with torch.no_grad():
-            return read_video(layout, self._velocity(self._streams(layout, x, x, sigma, text)))
+    @torch.no_grad()
+    def _answer(
+        self,
+        sigma: float = 0.5,
+        text: Text | None = None,
+        given: Given | None = None,
+        geometry: Geometry | None = None,
+    ) -> Tensor:
+        """The network's answer for the clip (B, F, S, C), with what is asked for otherwise."""
+        text = self.text if text is None else text
+        layout = self._layout(text, given, geometry)
+        return read_video(
+            layout, self._predict(layout, self._streams(layout, self.x_BFSC, sigma, text, given))
+        )
 
-    def _text_with_gradient(self) -> Text:
-        """The caption encoded so that a trained encoder is part of the graph."""
-        from motionloom.text import encode_scenes
+    def _noise_where(self, where_BL1: Tensor) -> Text:
+        """The caption with noise in the place of some embeddings."""
+        noise = torch.randn(self.text.x_BLC.shape, generator=torch_generator("doctor", "text"))
+        return replace(self.text, x_BLC=torch.where(where_BL1, noise.to(self.text.x_BLC), self.text.x_BLC))
 
-        if not self.model.text_encoder.trainable:
-            return self.text
-        return encode_scenes(self.model.text_encoder, [[CAPTIONS[0]] * self._scenes])
+    def _leak(self, streams: Streams, layout: Layout, sees_NJ: Tensor) -> float:
+        """The largest change of a video token by one that it should not know of, relative to the output."""
+        base_BNC = self._predict(layout, streams)
+        words, worst = streams["text"].grid[2], 0.0
+        for modality, hidden_NK in zip(
+            ("text", "video"), (~sees_NJ).tensor_split([words], dim=1), strict=True
+        ):
+            stream = streams[modality]
+            if stream.valid_BN is not None:
+                hidden_NK = hidden_NK & stream.valid_BN
+            keys = hidden_NK.any(dim=0).nonzero().flatten()
+            for key in keys[torch.linspace(0, len(keys) - 1, min(KEYS, len(keys))).long()].tolist():
+                x_BKC = stream.x_BNC.clone()
+                x_BKC[:, key] += 1.0
+                changed = {**streams, modality: replace(stream, x_BNC=x_BKC)}
+                difference_N = (self._predict(layout, changed) - base_BNC).abs().amax(dim=(0, 2))
+                worst = max(worst, float(difference_N[hidden_NK[:, key]].max()))
+        return worst / max(_rms(base_BNC), 1e-12)
 
-    def _reach(self, attributes: list[Attributes]) -> Tensor:
-        """(N, N): True where a query can learn of a key through any number of layers."""
-        joined = join_attributes(attributes)
-        reach_NN = self.layout.visibility.allows(joined.queries(), joined.keys())[0].float()
-        reach_NN.fill_diagonal_(1.0)
-        while True:
-            further_NN = ((reach_NN @ reach_NN) > 0).float()
-            if torch.equal(further_NN, reach_NN):
-                return reach_NN.bool()
-            reach_NN = further_NN
+    @contextmanager
+    def _first_block_alone(self) -> Iterator[None]:
+        """All blocks but the first hand their input on."""
+        later = self.model.predictor.backbone.blocks()[1:]
+        hooks = [block.register_forward_hook(lambda _, inputs, output: inputs[0]) for block in later]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def _change(self, answer_BFSC: Tensor) -> float:
         return _rms(answer_BFSC - self.base_BFSC) / max(_rms(self.base_BFSC), 1e-12)
+
+
+def _reach(sees_JJ: Tensor) -> Tensor:
+    """(J, J): True where a query can learn of a key through any number of layers."""
+    reach_JJ = sees_JJ.float()
+    while True:
+        further_JJ = ((reach_JJ @ reach_JJ) > 0).float()
+        if torch.equal(further_JJ, reach_JJ):
+            return reach_JJ.bool()
+        reach_JJ = further_JJ
 
 
 def _rms(x: Tensor) -> float:
@@ -334,6 +406,6 @@ def _rms(x: Tensor) -> float:
 
 
 def _must_matter(check: str, change: float, what: str, mend: str) -> Finding:
-    if change > SOMETHING:
+    if change > NOTHING:
         return Finding(check, "ok", f"{what} changes the output by {change:.2g} of its size")
-    return Finding(check, "wrong", f"{what} has no influence on the output ({change:.1g})", mend)
+    return Finding(check, "wrong", f"{what} has no influence on the output", mend)

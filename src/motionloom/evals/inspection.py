@@ -93,7 +93,7 @@ def inspect_cache(cache: Cache) -> dict[str, Any]:
         "clips": len(cache),
         "fps": cache.fps,
         "buckets": {str(bucket): len(rows) for bucket, rows in cache.buckets.items()},
-        "latent_mean": [round(float(mean_C.min()), 4), round(float(mean_C.max()), 4)],
+        "latent_mean": [round(float(mean_C.min()), 4) + 0.0, round(float(mean_C.max()), 4) + 0.0],
         "latent_std": [round(float(std_C.min()), 4), round(float(std_C.max()), 4)],
         "text_embeddings": cache.text is not None,
         "bytes": sum(f.stat().st_size for f in cache.path.rglob("*") if f.is_file()),

@@ -35,7 +35,9 @@ def nearest_clips(samples: Iterable[Tensor], training: Iterable[Tensor]) -> list
     """For every sample the closest training clip, compared as thumbnails. Clips are uint8 (P, H, W, 3)."""
     sample_SD = torch.stack([thumbnail(clip) for clip in samples])
     training_ND = torch.stack([thumbnail(clip) for clip in training])
-    distance_SN = torch.cdist(sample_SD, training_ND) / sample_SD.shape[1] ** 0.5
+    # Not by a matrix product, whose rounding gives a copy a distance.
+    exact = "donot_use_mm_for_euclid_dist"
+    distance_SN = torch.cdist(sample_SD, training_ND, compute_mode=exact) / sample_SD.shape[1] ** 0.5
     best = distance_SN.min(dim=1)
     pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
     return [Nearest(index, distance) for index, distance in pairs]

@@ -17,6 +17,7 @@ from motionloom.flow import Guidance
 from motionloom.generate.model import Model
 from motionloom.generate.rollout import Given, Sampling, rollout
 from motionloom.nn.patching import patchify, unpatchify
+from motionloom.plans import Geometry
 from motionloom.rng import torch_generator
 
 
@@ -36,7 +37,7 @@ class ClipRequest:
 
 
 Progress = Callable[[int, int], None]
-"""Called with (network passes done, network passes in all)."""
+"""Called with (solver steps done, solver steps in all), over all batches."""
 
 
 def recipe_sampling(
@@ -72,17 +73,18 @@ def generate_clips(
     beyond rounding.
 
     Raises:
-        UserError: no prompt, or a size that the tokenizer cannot make.
+        UserError: no prompt, a size that the tokenizer cannot make, or a first frame that does not fit.
     """
     if not request.prompts:
         raise UserError("nothing to generate: give at least one prompt")
-    passes = -(-len(request.prompts) // batch_size) * sampling.steps
+    assert request.first_frames is None or len(request.first_frames) == len(request.prompts)
+    steps = -(-len(request.prompts) // batch_size) * sampling.steps
     for start in range(0, len(request.prompts), batch_size):
         done = start // batch_size * sampling.steps
 
         def report(step: int, _total: int, done: int = done) -> None:
             if progress is not None:
-                progress(done + step, passes)
+                progress(done + step, steps)
 
         latents = _latents(model, request, sampling, start, batch_size, report)
         yield from model.tokenizer.decode(latents.cpu()).unbind(0)
@@ -97,14 +99,17 @@ def _latents(
     report: Callable[[int, int], None],
 ) -> Tensor:
     """Latents (B, f, h, w, C) for the prompts from ``start``."""
-    video = model.recipe.video
     prompts = request.prompts[start : start + batch_size]
-    frames = request.frames or video.num_frames
-    height, width = request.height or video.height, request.width or video.width
+    usual_frames, usual_height, usual_width = model.clip_shape
+    frames = request.frames or usual_frames
+    height, width = request.height or usual_height, request.width or usual_width
     latent_frames = model.tokenizer.spec.latent_grid(frames, height, width)[0]
     geometry = model.geometry(
-        frames, height, width, request.fps or video.fps, [latent_frames], batch=len(prompts)
+        frames, height, width, request.fps or model.fps, [latent_frames], batch=len(prompts)
     )
+    given = None
+    if request.first_frames is not None:
+        given = _given(model, geometry, request.first_frames[start : start + batch_size], (height, width))
     shape = (geometry.grid[0], geometry.grid[1] * geometry.grid[2], model.token_channels)
     generators = [torch_generator(request.seed, "generate", start + i) for i in range(len(prompts))]
     noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(model.device)
@@ -117,28 +122,28 @@ def _latents(
             noise,
             sampling,
             negative=model.encode_text([[request.negative]] * len(prompts)),
-            given=_given(model, request, start, len(prompts), noise),
+            given=given,
             generator=torch_generator(request.seed, "solver", start, device=model.device),
             progress=report,
         )
     return unpatchify(x_BFSC, geometry.grid, model.patch)
 
 
-def _given(model: Model, request: ClipRequest, start: int, count: int, like: Tensor) -> Given | None:
-    """The first frame as clean tokens, where one is given."""
-    if request.first_frames is None:
-        return None
+def _given(model: Model, geometry: Geometry, pixels_BPHW3: Tensor, size: tuple[int, int]) -> Given:
+    """The first frame's pixels as clean tokens."""
     if not model.plan.knows_given:
         raise UserError(
             f"this model's plan is {model.recipe.plan.type}, which makes every frame: "
             "train with plan.type=first_frame to give the first one"
         )
-    pixels = request.first_frames[start : start + count]
-    first_BFSC = patchify(model.tokenizer.encode(pixels), model.patch).to(like.device)
-    if first_BFSC.shape[2:] != like.shape[2:]:
-        raise UserError("the given first frame has another size than the clip: resize it first")
-    clean = torch.zeros_like(like)
-    clean[:, : first_BFSC.shape[1]] = first_BFSC
-    given_BF = torch.zeros(like.shape[:2], dtype=torch.bool, device=like.device)
-    given_BF[:, : first_BFSC.shape[1]] = True
-    return Given(clean, given_BF)
+    if pixels_BPHW3.shape[2:4] != size:
+        has, needs = ("x".join(map(str, s)) for s in (pixels_BPHW3.shape[2:4], size))
+        raise UserError(f"the given first frame is {has} pixels, the clip {needs}: resize it first")
+    first_BFSC = patchify(model.tokenizer.encode(pixels_BPHW3), model.patch).to(model.device)
+    count = first_BFSC.shape[1]
+    assert count <= geometry.grid[0], "more is given than the clip has"
+    clean_BFSC = first_BFSC.new_zeros(geometry.batch, geometry.grid[0], *first_BFSC.shape[2:])
+    clean_BFSC[:, :count] = first_BFSC
+    given_BF = torch.zeros(clean_BFSC.shape[:2], dtype=torch.bool, device=model.device)
+    given_BF[:, :count] = True
+    return Given(clean_BFSC, given_BF)

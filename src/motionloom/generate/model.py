@@ -29,6 +29,7 @@ class Model:
 
     @property
     def patch(self) -> tuple[int, int, int]:
+        """Latent cells (frames, rows, columns) that make one token."""
         return self.recipe.model.patch
 
     @property
@@ -36,6 +37,21 @@ class Model:
         """Numbers in one video token."""
         frames, rows, columns = self.patch
         return self.tokenizer.spec.channels * frames * rows * columns
+
+    @property
+    def fps(self) -> float:
+        """Frames per second of its clips, as in training: every ``frame_stride``-th at ``video.fps``."""
+        return self.recipe.video.fps / self.recipe.video.frame_stride
+
+    @property
+    def clip_shape(self) -> tuple[int, int, int]:
+        """(frames, height, width) of the clip that the recipe trains on; with buckets the first size and the
+        longest length."""
+        video, bucketing = self.recipe.video, self.recipe.bucketing
+        if not bucketing.enabled:
+            return video.num_frames, video.height, video.width
+        width, height = bucketing.buckets[0]
+        return max(bucketing.frames, default=video.num_frames), height, width
 
     def autocast(self) -> torch.autocast:
         """The precision that the recipe trained in."""

@@ -62,7 +62,7 @@ def rollout(
         negative: the text that guidance pushes away from; needed when guidance is active.
         generator: the noise of stochastic solvers, on the device of ``noise_BFSC``.
     """
-    given = given or Given(torch.zeros_like(noise_BFSC), plan_nothing(geometry))
+    given = given or _nothing_given(geometry, noise_BFSC)
     layout = plan.layout(geometry, text, given.given_BF)
     negative_layout = plan.layout(geometry, negative, given.given_BF) if negative is not None else None
 
@@ -92,9 +92,9 @@ def rollout(
     return keep_given(layout, given.clean_BFSC, x_BFSC)
 
 
-def plan_nothing(geometry: Geometry) -> Tensor:
-    """No frame is given, (B, F)."""
-    return torch.zeros(geometry.batch, geometry.grid[0], dtype=torch.bool, device=geometry.device)
+def _nothing_given(geometry: Geometry, like_BFSC: Tensor) -> Given:
+    given_BF = torch.zeros(geometry.batch, geometry.grid[0], dtype=torch.bool, device=geometry.device)
+    return Given(torch.zeros_like(like_BFSC), given_BF)
 
 
 def _velocity(

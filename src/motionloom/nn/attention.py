@@ -1,16 +1,18 @@
 """Exact softmax attention, by the quickest way on the device at hand.
 
-Shapes: B batch, H heads, N queries, M keys, D channels of a head; ``...`` any leading dimensions.
+Shapes: H heads, N queries, M keys, D channels of a head; ``...`` any leading dimensions, batch first.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-MATMUL_SCORES = 2**28
-"""Above so many scores the CPU goes back to SDPA, which never holds them all."""
+MATMUL_KEYS = 1024
+"""Beyond so many keys the CPU goes back to SDPA, which never holds all scores."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -18,31 +20,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
 
     Args:
         q, k, v: (..., H, N, D), (..., H, M, D), (..., H, M, D), of one dtype.
-        mask: broadcastable to (..., H, N, M). Boolean, True where the query may look; or that mask after
+        mask: broadcastable to (..., H, N, M). Boolean, True where the query may look; or such a mask after
             :func:`prepare_mask`. Every query must see at least one key.
 
     Returns:
         (..., H, N, D).
     """
-    # SDPA's CPU kernels run at the speed of float32 vector code whatever the dtype, and lose their way in
-    # many small problems (windows, single cells through time). Two matrix products and a softmax keep the
-    # bf16 matrix unit busy: 3 to 8 times faster, forward and backward, at the price of storing the scores.
-    if q.device.type == "cpu" and q.shape[:-1].numel() * k.shape[-2] <= MATMUL_SCORES:
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        if mask is not None:
-            scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-        return scores.softmax(-1).to(v.dtype) @ v
-    return _sdpa(q, k, v, mask)
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
-    """Fused kernels want four dimensions, so all leading ones are folded into one."""
-    if mask is not None:
-        mask = mask.broadcast_to(*q.shape[:-3], *mask.shape[-3:]).flatten(0, -4)
-        if mask.dtype != torch.bool:
-            mask = mask.to(q.dtype)
-    out = F.scaled_dot_product_attention(*(t.flatten(0, -4) for t in (q, k, v)), attn_mask=mask)
-    return out.unflatten(0, q.shape[:-3])
+    few_keys = k.shape[-2] <= MATMUL_KEYS
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and few_keys:
+        return matmul_attention(q, k, v, mask)
+    return fused_attention(q, k, v, mask)
 
 
 def prepare_mask(mask: Tensor | None) -> Tensor | None:
@@ -53,6 +40,51 @@ def prepare_mask(mask: Tensor | None) -> Tensor | None:
     if mask is None or mask.device.type != "cpu":
         return mask
     return torch.zeros(mask.shape).masked_fill_(~mask, float("-inf"))
+
+
+def matmul_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """:func:`attend` as two matrix products with a softmax between them.
+
+    For bfloat16 on CPU: SDPA's kernels there run at the speed of float32 vector code, and 3 to 8 times slower
+    than this, forward and backward, on many small problems (windows, single cells through time). The price is
+    that the scores are stored.
+    """
+    out: Tensor = _Matmul.apply(q * q.shape[-1] ** -0.5, k, v, mask)
+    return out
+
+
+class _Matmul(torch.autograd.Function):
+    """Attention as matrix products. The gradient is written out so that those of queries, keys and values all
+    come in the order of their tokens: autograd would leave the keys' transposed, which is slow to read."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        scores = q @ k.transpose(-1, -2)
+        if mask is not None:
+            scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+        p = scores.softmax(-1).to(v.dtype)
+        ctx.save_for_backward(q, k, v, p)
+        return p @ v
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        q, k, v, p = ctx.saved_tensors
+        grad = grad.to(v.dtype)
+        # dL/dscores = p (dL/dp - sum(p dL/dp)), softmax's own backward.
+        grad_scores = torch._softmax_backward_data(grad @ v.transpose(-1, -2), p, -1, p.dtype)
+        return grad_scores @ k, grad_scores.transpose(-1, -2) @ q, p.transpose(-1, -2) @ grad, None
+
+
+def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """:func:`attend` by torch's SDPA. Its fused kernels want four dimensions, so all leading ones are folded
+    into one."""
+    lead = q.shape[:-3]
+    if mask is not None:
+        mask = mask.broadcast_to(*lead, *mask.shape[-3:]).flatten(0, -4)
+        if mask.dtype != torch.bool:
+            mask = mask.to(q.dtype)
+    out = F.scaled_dot_product_attention(*(t.flatten(0, -4) for t in (q, k, v)), attn_mask=mask)
+    return out.unflatten(0, lead)
 
 
 def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:

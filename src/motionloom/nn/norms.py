@@ -21,19 +21,20 @@ def rms_norm(x: Tensor) -> Tensor:
 
 
 class HeadNorm(nn.Module):
-    """RMS norm of the queries and keys of each head with one gain per channel (arXiv 2010.04245).
+    """RMS norm of the queries and keys of each head, with one gain per channel (arXiv 2010.04245).
 
-    Bounds the logits, so that attention cannot collapse in low precision (arXiv 2302.05442).
+    Bounds the logits, so that attention cannot collapse in low precision (arXiv 2302.05442). The gain stands
+    on the queries alone: only its product with the keys' counts, and a second one would cost another sum over
+    all tokens in the backward pass.
     """
 
     def __init__(self, head_dim: int) -> None:
         super().__init__()
-        self.q_gain = nn.Parameter(torch.ones(head_dim))
-        self.k_gain = nn.Parameter(torch.ones(head_dim))
+        self.gain = nn.Parameter(torch.ones(head_dim))
 
     def init_weights(self) -> None:
-        fill(1.0, self.q_gain, self.k_gain)
+        fill(1.0, self.gain)
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """(..., D) each."""
-        return rms_norm(q) * self.q_gain, rms_norm(k) * self.k_gain
+        return rms_norm(q) * self.gain, rms_norm(k)

@@ -7,6 +7,7 @@ that reads those variables.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from motionloom.errors import UserError
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
+GLOO_FAREWELL = 0.1
+"""Seconds."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,9 @@ def start_ranks(device: str | None = None) -> Iterator[Ranks]:
         dist.barrier()
     finally:
         dist.destroy_process_group()
+        # Gloo's thread frees the tensors of the last exchange a moment after it, for which it needs Python:
+        # in an interpreter that is closing by then it aborts the process.
+        time.sleep(GLOO_FAREWELL if chosen.type == "cpu" else 0)
 
 
 def _from_environment(name: str, default: int) -> int:

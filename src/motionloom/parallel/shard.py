@@ -38,7 +38,7 @@ def parallelize(
         if sharding == "fsdp" and blocks and ranks.mesh is not None:
             # The root is freed after its forward like every block. FSDP2 would keep it gathered, and a change
             # of weights between two forwards without a backward (EMA weights for a preview) would go unseen.
-            # FSDP2 also remarks on every output that is a view, as a linear layer's is; nobody changes it in place.
+            # FSDP2 also remarks on outputs that are views, as a linear layer's is; none is changed in place.
             warnings.filterwarnings("ignore", message=".*returned a view tensor.*")
             for part in (*blocks, module):
                 fully_shard(part, mesh=ranks.mesh, reshard_after_forward=True)

@@ -40,6 +40,7 @@ class Geometry:
 
     @property
     def device(self) -> torch.device:
+        """Where the tensors of the batch are."""
         return self.seconds_BF.device
 
 

@@ -48,6 +48,8 @@ class Visibility(ABC):
 
 @dataclass(frozen=True)
 class Both(Visibility):
+    """What ``a`` and ``b`` both allow."""
+
     a: Visibility
     b: Visibility
 
@@ -65,6 +67,8 @@ class Both(Visibility):
 
 @dataclass(frozen=True)
 class Either(Visibility):
+    """What ``a`` or ``b`` allows."""
+
     a: Visibility
     b: Visibility
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from math import isfinite
 from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup, escape
+
+from motionloom.data.media import write_atomic
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class Sample:
 
 @dataclass(frozen=True)
 class Table:
+    """Rows of text under their heads."""
+
     title: str
     heads: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -39,6 +43,8 @@ class Table:
 
 @dataclass(frozen=True)
 class Chart:
+    """An inline drawing and what it shows."""
+
     title: str
     note: str
     svg: Markup
@@ -60,46 +66,48 @@ class Page:
 
 
 def write_page(page: Page, path: Path) -> None:
-    """Render to ``path``, whole or not at all."""
+    """Render to ``path``, whole or not at all. Raises UserError when it cannot be written."""
     environment = Environment(
         loader=PackageLoader("motionloom.studio"), autoescape=select_autoescape(), trim_blocks=True
     )
-    html = environment.get_template("report.html").render(page=page)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(html, encoding="utf-8")
-    os.replace(part, path)
+    write_atomic(path, environment.get_template("report.html").render(page=page).encode())
+
+
+COLORS = ("#2c62ee", "#e2322f", "#1a7f4b", "#b06a00")
+LEFT, RIGHT, TOP, BOTTOM = 52.0, 12.0, 26.0, 24.0
+"""Margins of a chart: for the y axis, the end of the x axis, the legend and the x axis."""
 
 
 def line_chart(
-    lines: Mapping[str, Sequence[tuple[float, float]]], width: int = 720, height: int = 220
+    lines: Mapping[str, Sequence[tuple[float, float]]], x_name: str, width: int = 720, height: int = 240
 ) -> Markup:
-    """An inline SVG of (x, y) lines on common linear axes; non-finite points are left out."""
-    points = {name: [(x, y) for x, y in line if abs(y) < float("inf")] for name, line in lines.items()}
+    """An inline SVG of (x, y) lines on common linear axes, y from 0; non-finite points are left out."""
+    points = {name: [(x, y) for x, y in line if isfinite(y)] for name, line in lines.items()}
+    points = {name: line for name, line in points.items() if line}
     xs = [x for line in points.values() for x, _ in line] or [0.0, 1.0]
-    ys = [y for line in points.values() for _, y in line] or [0.0, 1.0]
-    left, bottom, top = 52.0, height - 24.0, 8.0
+    ys = [y for line in points.values() for _, y in line] or [1.0]
     x_span, y_low = (max(xs) - min(xs)) or 1.0, min(0.0, *ys)
     y_span = (max(ys) - y_low) or 1.0
+    right, bottom = width - RIGHT, height - BOTTOM
 
-    def place(x: float, y: float) -> str:
-        across = left + (x - min(xs)) / x_span * (width - left - 90)
-        return f"{across:.1f},{bottom - (y - y_low) / y_span * (bottom - top):.1f}"
+    def across(x: float) -> float:
+        return LEFT + (x - min(xs)) / x_span * (right - LEFT)
+
+    def down(y: float) -> float:
+        return bottom - (y - y_low) / y_span * (bottom - TOP)
 
     parts = [f'<svg viewBox="0 0 {width} {height}" width="100%" role="img">']
-    for k in range(5):
-        value = y_low + y_span * k / 4
-        y = float(place(min(xs), value).split(",")[1])
-        parts.append(f'<line class="axis" x1="{left}" x2="{width - 90}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text x="4" y="{y + 4}">{value:.3g}</text>')
-    parts.append(f'<text x="{left}" y="{height - 6}">{min(xs):.4g}</text>')
-    parts.append(f'<text x="{width - 130}" y="{height - 6}">{max(xs):.4g}</text>')
-    colors = ("#2c62ee", "#e2322f", "#1a7f4b", "#b06a00")
-    for (name, line), color in zip(points.items(), colors, strict=False):
-        if not line:
-            continue
-        path = " ".join(place(x, y) for x, y in line)
-        across, down = place(*line[-1]).split(",")
+    for value in (y_low + y_span * k / 4 for k in range(5)):
+        y = f"{down(value):.1f}"
+        parts.append(f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<text x="4" y="{down(value) + 4:.1f}">{value:.3g}</text>')
+    parts.append(f'<text x="{LEFT}" y="{height - 6}">{escape(x_name)} {min(xs):.4g}</text>')
+    parts.append(f'<text x="{right}" y="{height - 6}" text-anchor="end">{max(xs):.4g}</text>')
+    legend = LEFT
+    for (name, line), color in zip(points.items(), COLORS, strict=False):
+        path = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in line)
         parts.append(f'<polyline fill="none" stroke="{color}" stroke-width="2" points="{path}"/>')
-        parts.append(f'<text x="{float(across) + 6}" y="{float(down) + 4}">{escape(name)}</text>')
+        parts.append(f'<rect x="{legend:.0f}" y="6" width="14" height="3" fill="{color}"/>')
+        parts.append(f'<text x="{legend + 19:.0f}" y="11">{escape(name)}</text>')
+        legend += 45 + 6.5 * len(name)
     return Markup("".join([*parts, "</svg>"]))

@@ -29,16 +29,17 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         UserError: the folder is missing or is not a tokenizer.
     """
     folder = Path(folder)
+    note = folder / "tokenizer.json"
+    if not note.is_file():
+        raise UserError(f"{folder}: no tokenizer here ({note.name} is missing): name a saved one")
     try:
-        settings = json.loads((folder / "tokenizer.json").read_text())
+        settings = json.loads(note.read_text())
         kind = settings.pop("type")
-        return TOKENIZERS[kind].load(folder, settings)
-    except FileNotFoundError as error:
-        raise UserError(
-            f"{folder}: no tokenizer here ({error.filename} is missing): name a saved one"
-        ) from None
-    except Exception as error:
-        raise UserError(f"{folder}: not a readable tokenizer ({error}): fit or copy it again") from None
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+        raise UserError(f"{note}: not a tokenizer's ({error}): fit or copy it again") from None
+    if kind not in TOKENIZERS:
+        raise UserError(f"{note}: type {kind!r} is unknown: this version has {', '.join(TOKENIZERS)}")
+    return TOKENIZERS[kind].load(folder, settings)
 
 
 __all__ = ["TOKENIZERS", "Tokenizer", "TokenizerSpec", "fit_tokenizer", "load_tokenizer"]

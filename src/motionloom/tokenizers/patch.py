@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -29,6 +31,28 @@ from motionloom.tokenizers.base import TokenizerSpec
 # Directions with less deviation than this (in units of half the black-to-white range) are rounding noise of
 # 8-bit pixels; whitening would blow them up, so they are scaled as if they had this much.
 MIN_DEVIATION = 0.5 / 255
+
+
+class Moments:
+    """Mean and covariance of patches that come in parts, so that no more than one clip is held at a time."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._sum_D: Tensor | float = 0.0
+        self._products_DD: Tensor | float = 0.0
+
+    def add(self, patches: Tensor) -> None:
+        """Patches (..., D)."""
+        x_ND = patches.flatten(0, -2).double()
+        self.count += len(x_ND)
+        self._sum_D += x_ND.sum(dim=0)
+        self._products_DD += x_ND.T @ x_ND
+
+    def mean_and_covariance(self) -> tuple[Tensor, Tensor]:
+        """(D,) and (D, D) in float64, whose 1e-16 leaves room below MIN_DEVIATION squared."""
+        mean_D = torch.as_tensor(self._sum_D) / self.count
+        scatter_DD = torch.as_tensor(self._products_DD) - self.count * mean_D[:, None] * mean_D
+        return mean_D, scatter_DD / max(1, self.count - 1)
 
 
 @dataclass(frozen=True)
@@ -42,25 +66,24 @@ class Basis:
     """Deviation of each component before whitening, in pixel units: what an error in it costs."""
 
     @staticmethod
-    def fit(patches_ND: Tensor, channels: int) -> Basis:
-        """PCA of the patches in float64; signs fixed so that equal data gives an equal basis."""
-        x_ND = patches_ND.double()
-        mean_D = x_ND.mean(dim=0)
-        centred_ND = x_ND - mean_D
-        covariance_DD = centred_ND.T @ centred_ND / max(1, len(x_ND) - 1)
+    def of(moments: Moments, channels: int) -> Basis:
+        """PCA in float64; signs fixed so that equal data gives an equal basis."""
+        mean_D, covariance_DD = moments.mean_and_covariance()
         variance_D, vectors_DD = torch.linalg.eigh(covariance_DD)
-        top = torch.arange(channels).neg() + len(variance_D) - 1
-        vectors_DC = vectors_DD[:, top]
-        vectors_DC = vectors_DC * vectors_DC.sum(dim=0).sign().where(vectors_DC.sum(dim=0) != 0, 1.0)
-        std_C = variance_D[top].clamp_min(0).sqrt().clamp_min(MIN_DEVIATION)
-        return Basis(
-            mean_D.float(), (vectors_DC / std_C).float(), (vectors_DC * std_C).T.float(), std_C.float()
-        )
+        # eigh sorts by rising variance.
+        variance_C, vectors_DC = variance_D.flip(0)[:channels], vectors_DD.flip(1)[:, :channels]
+        vectors_DC = torch.where(vectors_DC.sum(dim=0) < 0, -vectors_DC, vectors_DC)
+        std_C = variance_C.clamp_min(0).sqrt().clamp_min(MIN_DEVIATION)
+        parts = mean_D, vectors_DC / std_C, (vectors_DC * std_C).T, std_C
+        # Contiguous, as they come back from a file: the layout decides the rounding of a matrix product.
+        return Basis(*(part.float().contiguous() for part in parts))
 
     def to_latent(self, patches: Tensor) -> Tensor:
+        """Patches (..., D) -> latents (..., C)."""
         return (patches - self.mean_D) @ self.encode_DC
 
     def to_patches(self, latents: Tensor) -> Tensor:
+        """Latents (..., C) -> the patches (..., D) that they stand for."""
         return latents @ self.decode_CD + self.mean_D
 
 
@@ -77,7 +100,7 @@ class PatchTokenizer:
         """Fit on clips, each uint8 (P, H, W, 3).
 
         Raises:
-            UserError: more channels than a patch has numbers, or no clips.
+            UserError: more channels than a patch has numbers, no clips, or a size that does not divide.
         """
         spec = TokenizerSpec(config.latent_d, config.latent_f, config.latent_t, config.first_alone)
         smallest = 3 * spec.spatial**2 * (1 if spec.first_alone else spec.temporal)
@@ -86,21 +109,23 @@ class PatchTokenizer:
                 f"tokenizer.latent_d {spec.channels} exceeds the {smallest} numbers of a patch: "
                 f"set it to {smallest} or less"
             )
-        if not clips:
-            raise UserError("tokenizer `patch` has no clip to be fitted on: check the manifest")
-        firsts, laters = [], []
+        first, later = Moments(), Moments()
         for clip_PHW3 in clips:
-            first, later = _split(_unit(clip_PHW3[None]), spec)
-            firsts += [first.flatten(0, -2)] if first is not None else []
-            laters += [later.flatten(0, -2)] if later is not None else []
-        if not laters:
+            spec.latent_grid(*clip_PHW3.shape[:3])
+            one, groups = _split(_unit(clip_PHW3[None]), spec)
+            if one is not None:
+                first.add(one)
+            if groups is not None:
+                later.add(groups)
+        if not first.count and not later.count:
+            raise UserError("tokenizer `patch` has no clip to be fitted on: check the manifest")
+        if not later.count:
             # Only single images: groups of frames are then still pictures.
-            laters = [f.view(len(f), 1, -1).expand(-1, spec.temporal, -1).flatten(1) for f in firsts]
-        return PatchTokenizer(
-            spec,
-            Basis.fit(torch.cat(laters), spec.channels),
-            Basis.fit(torch.cat(firsts), spec.channels) if firsts else None,
-        )
+            for clip_PHW3 in clips:
+                still = clip_PHW3.expand(spec.temporal, -1, -1, -1)
+                later.add(_patch(_unit(still[None]), spec.temporal, spec.spatial))
+        basis = Basis.of(first, spec.channels) if first.count else None
+        return PatchTokenizer(spec, Basis.of(later, spec.channels), basis)
 
     def encode(self, video_BPHW3: Tensor) -> Tensor:
         """uint8 (B, P, H, W, 3) -> float32 (B, F, h, w, C). Raises UserError for sizes that do not divide."""
@@ -133,15 +158,10 @@ class PatchTokenizer:
             at_start = False
             yield _pixels(torch.cat(parts, dim=1))
 
-    @property
-    def channel_std(self) -> Tensor:
-        """Deviation of each channel in pixel units before whitening, (C,)."""
-        return self._later.std_C
-
     def fingerprint(self) -> str:
         digest = hashlib.sha256(json.dumps(asdict(self.spec), sort_keys=True).encode())
         for name, tensor in sorted(self._tensors().items()):
-            digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+            digest.update(name.encode() + tensor.numpy().tobytes())
         return digest.hexdigest()
 
     def save(self, folder: Path) -> None:
@@ -150,27 +170,38 @@ class PatchTokenizer:
         (folder / "tokenizer.json").write_text(json.dumps({"type": "patch", **asdict(self.spec)}, indent=1))
 
     @staticmethod
-    def load(folder: Path, settings: dict[str, int | bool]) -> PatchTokenizer:
-        """Read what :meth:`save` wrote; ``settings`` is the content of its json without ``type``."""
-        tensors = load_file(folder / "tokenizer.safetensors")
+    def load(folder: Path, settings: dict[str, Any]) -> PatchTokenizer:
+        """Read what :meth:`save` wrote; ``settings`` is the content of its json without ``type``.
 
-        def basis(name: str) -> Basis | None:
-            fields = Basis.__dataclass_fields__
-            return (
-                Basis(**{f: tensors[f"{name}.{f}"] for f in fields}) if f"{name}.mean_D" in tensors else None
+        Raises:
+            UserError: the file is missing, damaged, or not the one that the json describes.
+        """
+        file = folder / "tokenizer.safetensors"
+        try:
+            spec, tensors = TokenizerSpec(**settings), load_file(file)
+            numbers = 3 * spec.spatial**2
+            first = _basis(tensors, "first", numbers, spec.channels) if spec.first_alone else None
+            return PatchTokenizer(
+                spec, _basis(tensors, "later", numbers * spec.temporal, spec.channels), first
             )
-
-        later = basis("later")
-        assert later is not None
-        return PatchTokenizer(TokenizerSpec(**settings), later, basis("first"))  # type: ignore[arg-type]
+        except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+            raise UserError(f"{file}: not a readable tokenizer ({error}): fit or copy it again") from None
 
     def _tensors(self) -> dict[str, Tensor]:
         bases = {"later": self._later} | ({"first": self._first} if self._first else {})
         return {
-            f"{name}.{field}": getattr(basis, field).contiguous()
+            f"{name}.{field}": getattr(basis, field)
             for name, basis in bases.items()
             for field in Basis.__dataclass_fields__
         }
+
+
+def _basis(tensors: Mapping[str, Tensor], name: str, numbers: int, channels: int) -> Basis:
+    """The basis of that name, for patches of so many numbers. Raises KeyError and ValueError."""
+    basis = Basis(**{field: tensors[f"{name}.{field}"] for field in Basis.__dataclass_fields__})
+    if basis.encode_DC.shape != (numbers, channels):
+        raise ValueError(f"{name} has shape {tuple(basis.encode_DC.shape)} instead of {(numbers, channels)}")
+    return basis
 
 
 def _unit(video_u8: Tensor) -> Tensor:

@@ -96,7 +96,7 @@ def save(run_dir: Path, contents: Contents) -> Path:
         _write(unfinished, contents)
         os.rename(unfinished, final)
         _flush(final.parent)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, UserError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise UserError(_why_not(final, error)) from error
     return final

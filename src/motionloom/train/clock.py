@@ -8,13 +8,14 @@ from contextlib import contextmanager
 
 
 class Clock:
-    """Starts when it is made. A resumed run has ``first_step`` steps behind it, which took no time here."""
+    """Starts when it is made. A resumed run has ``first_step`` steps behind it, which took no time here;
+    ``totals`` are the running totals that :meth:`rates` starts from."""
 
-    def __init__(self, first_step: int = 0) -> None:
+    def __init__(self, first_step: int = 0, **totals: int) -> None:
         self.first_step = first_step
         self._began = time.monotonic()
         self._paused = 0.0
-        self._lap: tuple[float, dict[str, int]] = (0.0, {})
+        self._lap: tuple[float, dict[str, int]] = (0.0, totals)
 
     @property
     def wall(self) -> float:

@@ -1,8 +1,8 @@
 """The guard before every optimiser step: nothing that is not finite on any rank ever reaches the weights.
 
-The verdict stays on the device, where a fused optimiser obeys it; the host reads it one step late on an
-accelerator, so that neither waits for the other. The wish to stop (a signal, the time limit) takes the same
-way, so that all ranks stop at the same step.
+The verdict stays on the device, where a fused optimiser obeys it; on CUDA the host reads it one step late, so
+that neither waits for the other. The wish to stop (a signal, the time limit) takes the same way, so that all
+ranks stop at the same step.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ class NotFinite(UserError):
 
 
 class Guard:
-    """``late``: read the verdict of the step before (None: on accelerators only)."""
+    """``late``: read the verdict of the step before (None: where CUDA can copy it meanwhile)."""
 
     def __init__(self, ranks: Ranks, late: bool | None = None) -> None:
         self._ranks = ranks
-        self._lag = int(ranks.device.type != "cpu" if late is None else late)
+        self._lag = int(ranks.device.type == "cuda" if late is None else late)
         self._worst = torch.zeros((), device=ranks.device)
-        self._pending: deque[tuple[int, Tensor, torch.Event | None]] = deque()
+        self._pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
         self._stop = 0
 
     def step(
@@ -68,12 +68,12 @@ class Guard:
         self._read(0)
 
     def _post(self, step: int, flags: Tensor) -> None:
-        if flags.device.type == "cpu":
+        if flags.device.type != "cuda":
             self._pending.append((step, flags, None))
             return
         host = torch.empty(flags.shape, pin_memory=True)
         host.copy_(flags, non_blocking=True)
-        event = torch.Event(flags.device)
+        event = torch.cuda.Event()
         event.record()
         self._pending.append((step, host, event))
 

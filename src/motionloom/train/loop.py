@@ -108,7 +108,8 @@ class Trainer:
             NotFinite: loss or gradient; the weights on disk are the last good ones.
         """
         self._begin(resume)
-        self._seconds_before, self._clock = self.state.seconds, Clock(self.state.step)
+        self._seconds_before = self.state.seconds
+        self._clock = Clock(self.state.step, samples=self.state.samples, tokens=0)
         self._writer = Writer(self._run_dir, self.state.step) if self._ranks.is_main else None
         try:
             with listening() as wish:

@@ -7,12 +7,14 @@ import math
 import os
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from motionloom.errors import UserError
 from motionloom.parallel import Ranks
 
 NUM_BUCKETS = 10
@@ -70,26 +72,39 @@ class Writer:
     def __init__(self, run_dir: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
-        run_dir.mkdir(parents=True, exist_ok=True)
-        self._path = run_dir / "metrics.jsonl"
-        _forget_after(self._path, step)
-        self._lines = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
+        self._run_dir = run_dir
+        with self._disk():
+            run_dir.mkdir(parents=True, exist_ok=True)
+            _forget_after(run_dir / "metrics.jsonl", step)
+            self._lines = (run_dir / "metrics.jsonl").open("a", encoding="utf-8")
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1 if step else None)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """One record, on the disk when this returns."""
         # JSON has no NaN; a figure that is not finite is written as null.
         line = {"step": step, **{k: v if math.isfinite(v) else None for k, v in values.items()}}
-        self._lines.write(json.dumps(line) + "\n")
-        self._lines.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
-        self._board.flush()
+        with self._disk():
+            self._lines.write(json.dumps(line) + "\n")
+            self._lines.flush()
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+            self._board.flush()
 
     def close(self) -> None:
         """Close both files."""
-        self._lines.close()
-        self._board.close()
+        with self._disk():
+            self._lines.close()
+            self._board.close()
+
+    @contextmanager
+    def _disk(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self._run_dir}: figures cannot be written ({error.strerror or error}): make room or "
+                "choose another output_dir, then go on with --resume"
+            ) from error
 
 
 def _forget_after(path: Path, step: int) -> None:

@@ -15,14 +15,13 @@ def lr_ratio(
 ) -> float:
     """The part of the base rate with which optimiser step ``step`` (from 0) is taken.
 
-    Warm-up rises linearly from 1 / warmup_steps, so that no step is lost at a rate of 0. After it, ``cosine``
-    and ``linear`` fall to ``min_ratio``, which the last step (``max_steps`` - 1) reaches; beyond that they
-    stay there.
+    Warm-up rises linearly from 1 / warmup_steps. After it, ``cosine`` and ``linear`` fall towards
+    ``min_ratio``, which step ``max_steps`` would have; so no step is lost at a rate of 0, first or last.
     """
     if step < warmup_steps:
         return (step + 1) / warmup_steps
     if kind == "constant":
         return 1.0
-    done = min(1.0, (step - warmup_steps) / max(1, max_steps - 1 - warmup_steps))
+    done = min(1.0, (step - warmup_steps) / max(1, max_steps - warmup_steps))
     fall = done if kind == "linear" else 0.5 * (1 - math.cos(math.pi * done))
     return 1.0 - (1.0 - min_ratio) * fall

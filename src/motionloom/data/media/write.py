@@ -140,6 +140,7 @@ def _sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def one_line_on_failure(path: Path) -> Iterator[None]:
+    """A full disk or a place that cannot be written becomes a `UserError` of one line that names ``path``."""
     try:
         yield
     except OSError as error:
@@ -294,6 +295,7 @@ def _sheet(frames: NDArray[np.uint8], columns: int = 8) -> NDArray[np.uint8]:
 
 
 def png(pixels_HW3: NDArray[np.uint8]) -> bytes:
+    """The bytes of a PNG of (H, W, 3) uint8 pixels."""
     buffer = io.BytesIO()
     Image.fromarray(pixels_HW3).save(buffer, "PNG")
     return buffer.getvalue()

@@ -61,6 +61,7 @@ class Attributes:
 
     @property
     def combination(self) -> Combination:
+        """(shape, colour, motion): what the train/test split is made of."""
         return (self.shape, self.color, self.motion)
 
 
@@ -85,6 +86,7 @@ class ObjectSpec:
 
     @property
     def attributes(self) -> Attributes:
+        """What a caption says about it."""
         return Attributes(self.shape, self.color, self.size, self.motion)
 
 

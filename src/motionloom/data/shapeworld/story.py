@@ -23,10 +23,12 @@ class StorySpec:
 
     @property
     def frames(self) -> int:
+        """Of all scenes together."""
         return sum(scene.frames for scene in self.scenes)
 
     @property
     def fps(self) -> float:
+        """Frames per second, the same in every scene."""
         return self.scenes[0].fps
 
     @property
