@@ -3,9 +3,9 @@
     python benchmarks/train_step.py --json
 
 One run does it all: counts the step's matrix products (torch's FlopCounterMode on the real forward and
-backward pass, checked against a count by hand), then takes turns between large matrix products and training
-steps, so that whatever else the machine is doing falls on both. Each step's rate is divided by the rate of the
-products just before and after it; the ratio printed is the median.
+backward pass, beside a count by hand), then takes turns between large matrix products and training steps, so
+that whatever else the machine is doing falls on both. Each step's rate is divided by the rate of the products
+just before and after it; the ratio printed is the median.
 
 A step is what training does: noise, forward in bf16 autocast over float32 weights, loss, backward, gradient
 clipping, fused AdamW. Nothing but matrix products counts as work; all else only costs time.
@@ -14,6 +14,7 @@ clipping, fused AdamW. Nothing but matrix products counts as work; all else only
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -31,6 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from motionloom.backbones import build_backbone
 from motionloom.config.recipe import ModelConfig
 from motionloom.flow import LINEAR
+from motionloom.nn.memory import keep_freed_memory
 from motionloom.nn.windows import window_side
 from motionloom.plans import Geometry, Text, TextToVideo, read_video, to_streams
 from motionloom.rng import torch_generator
@@ -193,7 +195,7 @@ def measure(case: Case, device: torch.device, compiled: bool, rounds: int) -> Re
         steps.append(flops / seconds(step, device))
         around.append(product_rate())
     # Time, not rate, adds up: the mean of the two neighbours is harmonic.
-    near = [statistics.harmonic_mean(pair) for pair in zip(around, around[1:], strict=False)]
+    near = [statistics.harmonic_mean(pair) for pair in itertools.pairwise(around)]
     ratios = sorted(s / p for s, p in zip(steps, near, strict=True))
     return Result(
         ratio=round(statistics.median(ratios), 3),
@@ -223,6 +225,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     case = Case()
     result = measure(case, torch.device(args.device), not args.eager, args.rounds)
     if args.json:

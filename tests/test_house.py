@@ -54,8 +54,8 @@ def test_imports_point_one_way():
     assert "KEPT" in done.stdout
 
 
-# Said once elsewhere: a network's forward by its class, the drawing of first weights by the backbone, a column
-# of a progress bar by rich.
+# Said once elsewhere: a network's forward by its class, the drawing of first weights by the backbone, a
+# column of a progress bar by rich.
 PRESCRIBED = {"forward", "init_weights", "render"}
 
 

@@ -113,22 +113,23 @@ class _Lines:
     def __init__(self, out: Out) -> None:
         self._out = out
         self._what, self._tenth = "", -1
-        # A stage begins where the one before it ended: its first item took time as well.
-        self._began = self._last_call = self._last_line = time.monotonic()
+        self._first, self._began, self._shown = 0, 0.0, 0.0
 
     def __call__(self, what: str, done: int, total: int) -> None:
         now = time.monotonic()
         if what != self._what:
-            self._what, self._tenth, self._began = what, -1, self._last_call
-        self._last_call = now
+            # The rate counts from the first item on: what was done before it is no part of this stage.
+            self._what, self._tenth, self._first, self._began = what, -1, done, now
         tenth = 10 * done // max(1, total)
-        if tenth == self._tenth and now - self._last_line < 60:
+        if tenth == self._tenth and now - self._shown < 60:
             return
-        self._tenth, self._last_line = tenth, now
-        seconds = max(now - self._began, 1e-6)
-        rate = done / seconds
-        ends = f"{duration((total - done) / rate)} left" if done < total else f"in {duration(seconds)}"
-        self._out.note(f"{what}: {done} of {total}, {rate:.3g}/s, {ends}")
+        self._tenth, self._shown = tenth, now
+        line = f"{what}: {done} of {total}"
+        if done > self._first:
+            rate = (done - self._first) / max(now - self._began, 1e-6)
+            line += f", {rate:.3g}/s"
+            line += f", {duration((total - done) / rate)} left" if done < total else ""
+        self._out.note(line)
 
 
 def duration(seconds: float) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from motionloom.cli.console import Out, new_folder, skipped
+from motionloom.cli.console import Out, duration, new_folder, skipped
 from motionloom.data.media import write_atomic
 
 if TYPE_CHECKING:
@@ -124,14 +124,23 @@ def run(
         recipe = _with_steps(wish, sizes.minutes, out, ranks, diary)
         parts = _train(recipe, out, ranks, diary)
         page = finish(parts, out, data is None, sizes.prompts, SHOWN, diary)
-    diary.console.result(
-        {**diary.report, "page": str(page)},
-        [json.dumps(diary.report, indent=1), f"the page: {page}"],
-    )
+    diary.console.result({**diary.report, "page": str(page)}, [*_summary(diary.report), f"the page: {page}"])
     if open_page and not as_json and sys.stdout.isatty():
         import webbrowser
 
         webbrowser.open(page.resolve().as_uri())
+
+
+def _summary(report: dict[str, Any]) -> list[str]:
+    """What came of it, for people; report.json has the rest."""
+    lines = []
+    if adherence := report.get("prompt_adherence"):
+        rates = ", ".join(f"{name} {rate:.0%}" for name, rate in adherence.items())
+        lines.append(f"as asked, of {report['prompts']} unseen prompts: {rates}")
+    if losses := report["heldout_loss"]:
+        lines.append(f"held-out loss {losses['first']:.3f} -> {losses['last']:.3f}")
+    stages = ", ".join(f"{name} {duration(seconds)}" for name, seconds in report["seconds"].items())
+    return [*lines, f"{report['train']['steps']} steps; {stages}"]
 
 
 def _world(recipe: Recipe, clips: int, out: Path, diary: Diary) -> list[ManifestEntry]:
@@ -191,7 +200,7 @@ def _with_steps(wish: Wish, minutes: float, out: Path, ranks: Any, diary: Diary)
         diary.console.note(f"going on from {begun.name}, with the recipe and the steps that it began with")
         return load_recipe(begun / "recipe.yaml")
     recipe = wish.recipe()
-    with diary.stage("calibrate", "compile, and count how many steps fit"):
+    with diary.stage("calibrate", "some real steps, to count how many fit"):
         rate = _steps_per_second(recipe, out, ranks)
     steps = max(1, min(recipe.train.max_steps, int(rate * minutes * 60)))
     every = max(1, steps // 8)

@@ -74,6 +74,10 @@ class TokenizerConfig(Section):
     latent_t: Positive = Field(default=4, description="Frames per latent frame.")
     latent_d: Positive = Field(default=48, description="Channels.")
     first_alone: bool = Field(default=False, description="First frame alone, then groups of latent_t.")
+    whiten: Fraction = Field(
+        default=1.0,
+        description="1: every channel has deviation 1; less: strong channels stay stronger, RMS 1.",
+    )
     fit_clips: Positive = Field(default=512, description="How many clips the basis is fitted on.")
 
 

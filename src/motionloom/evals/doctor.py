@@ -34,10 +34,12 @@ NOTHING = 1e-6
 SIDE, FRAMES = 4, 8
 KEYS = 4
 """How many hidden tokens of each modality are tried."""
+# As many words in both: a network that only counts them is deaf.
 CAPTIONS = (
     "a small red circle moves left on a dark background",
-    "two large green cats sleep, light background",
+    "two large green cats sleep under the very light tree",
 )
+TEXT_CHECKS = ("text encoder", "text mask", "text")
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,7 @@ class Doctor:
 
     def examine(self) -> list[Finding]:
         """All checks. One that could only repeat what an earlier one found is skipped and says so."""
-        checks: tuple[Callable[[], Finding], ...] = (
-            self.answers,
+        of_network: tuple[Callable[[], Finding], ...] = (
             self.captions_differ,
             self.padding_is_hidden,
             self.text_matters,
@@ -104,11 +105,13 @@ class Doctor:
             self.given_is_exact,
             self.hidden_is_hidden,
             self.gradients_reach,
-            self.latents_are_scaled,
-            self.cache_is_this_recipes,
         )
-        findings = []
-        for check in checks:
+        of_data = self.latents_are_scaled, self.cache_is_this_recipes
+        findings = [self.answers()]
+        if findings[0].status == "wrong":
+            findings.append(Finding("all else in the network", "skipped", "mend the output first"))
+            of_network = ()
+        for check in (*of_network, *of_data):
             findings.append(check())
             if findings[-1].status == "wrong":
                 self._wrong.add(findings[-1].check)
@@ -155,7 +158,7 @@ class Doctor:
 
     def text_matters(self) -> Finding:
         """Another caption gives another output."""
-        if because := self._wrong & {"text encoder", "text mask"}:
+        if because := self._wrong.intersection(TEXT_CHECKS):
             return Finding("text", "skipped", f"mend the {because.pop()} first")
         other = self.model.encode_text(self._captions(1))
         change = self._change(self._answer(text=other))
@@ -237,7 +240,7 @@ class Doctor:
     def gradients_reach(self) -> Finding:
         """Every parameter that is to be trained gets a gradient that is not 0."""
         modules: dict[str, object] = {"backbone": self.model.predictor.backbone}
-        if self.model.text_encoder.trainable:
+        if self._learns_text:
             modules["text_encoder"] = self.model.text_encoder
         named = {
             f"{name}.{path}": parameter
@@ -259,8 +262,10 @@ class Doctor:
         """Names of the parameters that the output's size does not depend on."""
         wanted = [parameter for parameter in named.values() if parameter.requires_grad]
         with torch.enable_grad():
-            encoder = self.model.text_encoder
-            text = encode_scenes(encoder, self._captions(0)) if encoder.trainable else self.text
+            if self._learns_text:
+                text = encode_scenes(self.model.text_encoder, self._captions(0))
+            else:
+                text = self._noise_where(torch.ones_like(self.text.valid_BL[..., None]))
             layout = self._layout(text)
             loss = self._predict(layout, self._streams(layout, self.x_BFSC, 0.5, text)).square().mean()
             if not loss.requires_grad:
@@ -296,6 +301,11 @@ class Doctor:
     def _captions(self, which: int) -> list[list[str]]:
         """One sample, the same caption in every scene."""
         return [[CAPTIONS[which]] * (1 + int(self.geometry.scene_BF.max()))]
+
+    @property
+    def _learns_text(self) -> bool:
+        """Whether gradients should reach the text encoder; not while text does not get through anyway."""
+        return self.model.text_encoder.trainable and not self._wrong.intersection(TEXT_CHECKS)
 
     @property
     def _can_give(self) -> bool:

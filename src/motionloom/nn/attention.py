@@ -83,8 +83,8 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
         mask = mask.broadcast_to(*lead, *mask.shape[-3:]).flatten(0, -4)
         if mask.dtype != torch.bool:
             mask = mask.to(q.dtype)
-    out = F.scaled_dot_product_attention(*(t.flatten(0, -4) for t in (q, k, v)), attn_mask=mask)
-    return out.unflatten(0, lead)
+    q, k, v = (t.flatten(0, -4) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).unflatten(0, lead)
 
 
 def split_heads(x: Tensor, parts: int, heads: int) -> tuple[Tensor, ...]:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 class MLP(nn.Module):
     """Linear, squared ReLU, Linear.
 
-    Squared ReLU (Primer, arXiv 2109.08668) learns as well as GELU and needs no exponential: on a CPU that is a
-    twentieth of a whole training step.
+    Squared ReLU is what the search of Primer (arXiv 2109.08668) put in GELU's place; it needs no exponential,
+    which on a CPU is a twentieth of a whole training step.
     """
 
     def __init__(self, dim: int, hidden: int) -> None:

@@ -17,14 +17,15 @@ from torch import Tensor
 
 
 def window_side(side: int, size: int) -> int:
-    """The window side for ``side`` cells: within a quarter of ``size``, fewest padded cells, then nearest.
+    """The window side for ``side`` cells: within a quarter of ``size``, fewest padded cells, then nearest,
+    then larger.
 
     A side of at most 5/4 ``size`` is one window.
     """
     low, high = max(1, -(-3 * size // 4)), 5 * size // 4
     if side <= high:
         return side
-    return min(range(low, high + 1), key=lambda w: (-side % w, abs(w - size)))
+    return min(range(low, high + 1), key=lambda w: (-side % w, abs(w - size), -w))
 
 
 @dataclass(frozen=True)

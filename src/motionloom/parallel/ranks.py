@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from motionloom.errors import UserError
+from motionloom.nn.memory import keep_freed_memory
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
@@ -92,6 +93,8 @@ def start_ranks(device: str | None = None) -> Iterator[Ranks]:
     """
     rank, world = _from_environment("RANK", 0), _from_environment("WORLD_SIZE", 1)
     chosen = _device(device, _from_environment("LOCAL_RANK", 0))
+    if chosen.type == "cpu":
+        keep_freed_memory()
     if world == 1:
         yield Ranks(device=chosen)
         return

@@ -66,7 +66,7 @@ class Basis:
     """Deviation of each component before whitening, in pixel units: what an error in it costs."""
 
     @staticmethod
-    def of(moments: Moments, channels: int) -> Basis:
+    def of(moments: Moments, channels: int, whiten: float) -> Basis:
         """PCA in float64; signs fixed so that equal data gives an equal basis."""
         mean_D, covariance_DD = moments.mean_and_covariance()
         variance_D, vectors_DD = torch.linalg.eigh(covariance_DD)
@@ -74,7 +74,9 @@ class Basis:
         variance_C, vectors_DC = variance_D.flip(0)[:channels], vectors_DD.flip(1)[:, :channels]
         vectors_DC = torch.where(vectors_DC.sum(dim=0) < 0, -vectors_DC, vectors_DC)
         std_C = variance_C.clamp_min(0).sqrt().clamp_min(MIN_DEVIATION)
-        parts = mean_D, vectors_DC / std_C, (vectors_DC * std_C).T, std_C
+        left_C = std_C ** (1 - whiten)
+        scale_C = std_C**whiten * left_C.square().mean().sqrt()
+        parts = mean_D, vectors_DC / scale_C, (vectors_DC * scale_C).T, std_C
         # Contiguous, as they come back from a file: the layout decides the rounding of a matrix product.
         return Basis(*(part.float().contiguous() for part in parts))
 
@@ -124,8 +126,8 @@ class PatchTokenizer:
             for clip_PHW3 in clips:
                 still = clip_PHW3.expand(spec.temporal, -1, -1, -1)
                 later.add(_patch(_unit(still[None]), spec.temporal, spec.spatial))
-        basis = Basis.of(first, spec.channels) if first.count else None
-        return PatchTokenizer(spec, Basis.of(later, spec.channels), basis)
+        basis = Basis.of(first, spec.channels, config.whiten) if first.count else None
+        return PatchTokenizer(spec, Basis.of(later, spec.channels, config.whiten), basis)
 
     def encode(self, video_BPHW3: Tensor) -> Tensor:
         """uint8 (B, P, H, W, 3) -> float32 (B, F, h, w, C). Raises UserError for sizes that do not divide."""
