@@ -289,7 +289,9 @@ def test_bad_sources_do_not_stop_the_rest(world: list[ManifestEntry], tmp_path: 
     assert report.encoded == 4
     assert {problem.where for problem in report.skipped} == {entry.id for entry in bad}
     lines = "\n".join(report.lines())
-    assert "short: is too short: 5 of 8 frames at 8 a second; lower video.num_frames or video.fps" in lines
+    assert (
+        "short: is too short: 5 of 8 frames at 8 a second; lower video.num_frames or raise video.fps" in lines
+    )
     assert "picture: is a still" in lines
     assert "skipped 6 of 10 clips" in lines
     with pytest.raises(UserError, match="not one of 6 clips can be used; the first: "):

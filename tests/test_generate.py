@@ -261,13 +261,34 @@ def test_given_frames_stay_exact_to_the_bit(backbone: str, plan: str) -> None:
     )
     assert torch.equal(out_BFSC[given_BF], clean_BFSC[given_BF])
     assert not torch.isclose(out_BFSC[~given_BF], clean_BFSC[~given_BF]).all(dim=-1).any()
-    assert len(heard) == 12
+    stages = [s for s in model.plan.stages(geometry) if not given_BF[:, s].all()]
+    assert len(heard) == 12 * len(stages)
     for streams in heard:
         video = streams["video"]
         x_BFSC = video.x_BNC.unflatten(1, (video.grid[0], -1))[:, -4:]
         sigma_BFS = video.sigma_BN.unflatten(1, (video.grid[0], -1))[:, -4:]
         assert torch.equal(x_BFSC[given_BF], clean_BFSC[given_BF])
         assert not sigma_BFS[given_BF].any()
+
+
+@pytest.mark.parametrize("plan", ["chunks", "teacher"])
+@EACH_BACKBONE
+def test_a_chunk_is_made_from_the_chunks_before_it_alone(backbone: str, plan: str) -> None:
+    model = toy_model(backbone, plan)
+    geometry, noise_BFSC = setting(model)
+    first, *_, last = model.plan.stages(geometry)
+    text = model.encode_text([list(PROMPTS[:2])] * 2)
+
+    def made(changed: slice | None) -> torch.Tensor:
+        noise = noise_BFSC.clone()
+        if changed is not None:
+            noise[:, changed] += 1.0
+        return rollout(model.predictor, model.plan, geometry, text, noise, Sampling(steps=2))
+
+    base, late, early = made(None), made(last), made(first)
+    assert torch.equal(late[:, : last.start], base[:, : last.start])
+    assert not torch.isclose(late[:, last], base[:, last]).all()
+    assert not torch.isclose(early[:, last], base[:, last]).all()
 
 
 @EACH_BACKBONE

@@ -273,3 +273,14 @@ def test_teacher_forcing_rejects_nothing_when_unwindowed():
         Chunks(2, forcing="teacher").layout(geometry(), text(), given(geometry())).visibility, TeacherForcing
     )
     assert same_scene_or_both_video.whole_frames
+
+
+@pytest.mark.parametrize("first_alone", [False, True])
+@pytest.mark.parametrize("frames", [1, 2, 3, 5, 7])
+def test_stages_are_the_chunks(frames, first_alone):
+    plan = Chunks(frames=3, first_alone=first_alone)
+    geo = geometry((frames,))
+    chunk_F = plan.chunk_of(frames)
+    stages = plan.stages(geo)
+    assert [chunk_F[stage].unique().tolist() for stage in stages] == [[n] for n in range(len(stages))]
+    assert sum(len(chunk_F[stage]) for stage in stages) == frames

@@ -176,6 +176,19 @@ def test_latents_of_the_fitted_clips_are_white(first_alone: bool) -> None:
         torch.testing.assert_close(flat.T.cov(), torch.eye(24), atol=2e-3, rtol=0)
 
 
+@pytest.mark.parametrize("whiten", [0.0, 0.5])
+def test_the_dial_leaves_strong_channels_stronger(whiten: float) -> None:
+    video = clips(12, 8)
+    tokenizer = patch(24, video, whiten=whiten)
+    latents = tokenizer.encode(video)
+    white = patch(24, video).encode(video)
+    std_C = latents.flatten(0, -2).std(dim=0)
+    assert std_C.square().mean().sqrt() == pytest.approx(1, abs=0.01)
+    assert std_C[0] > 2 * std_C[-1]
+    torch.testing.assert_close(latents / std_C, white / white.flatten(0, -2).std(dim=0), atol=2e-3, rtol=0)
+    assert (tokenizer.decode(latents).int() - patch(24, video).decode(white).int()).abs().max() <= 1
+
+
 def test_more_channels_cost_less() -> None:
     video = clips(12, 8)
 

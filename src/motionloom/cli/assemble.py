@@ -17,8 +17,8 @@ from motionloom.data.loader import Loader
 from motionloom.errors import UserError
 from motionloom.flow import PATHS
 from motionloom.generate import Model
-from motionloom.methods.denoise import Denoise
-from motionloom.parallel import Ranks, fill, named_state, parallelize
+from motionloom.methods import METHODS, Denoise
+from motionloom.parallel import Ranks, fill, named_state, parallelize, why_not_compile
 from motionloom.plans import PLANS, Plan
 from motionloom.rng import torch_generator
 from motionloom.text import build_text_encoder, load_text_encoder
@@ -72,6 +72,8 @@ class Parts:
     loader: Loader
     heldout: Loader
     ranks: Ranks
+    notes: tuple[str, ...]
+    """What the user should know before it starts."""
 
     def tokens_per_clip(self) -> int:
         """Video tokens of the longest clip."""
@@ -110,9 +112,13 @@ def assemble(recipe: Recipe, cache: Cache, ranks: Ranks) -> Parts:
     tokenizer = cache.tokenizer()
     backbone = new_backbone(recipe, tokenizer.spec, text_encoder.dim)
     modules: dict[str, nn.Module] = {"backbone": backbone, **_trained(text_encoder)}
-    parallelize(modules, ranks, recipe.train.sharding, recipe.train.compile)
-    method = Denoise(recipe, backbone, plan, tokenizer.spec, text_encoder)
-    return Parts(recipe, cache, tokenizer, text_encoder, backbone, method, plan, loader, heldout, ranks)
+    obstacle = why_not_compile(ranks.device) if recipe.train.compile else ""
+    parallelize(modules, ranks, recipe.train.sharding, recipe.train.compile and not obstacle)
+    method = METHODS[recipe.train.method](recipe, backbone, plan, tokenizer.spec, text_encoder)
+    notes = (f"train.compile: {obstacle}",) if obstacle else ()
+    return Parts(
+        recipe, cache, tokenizer, text_encoder, backbone, method, plan, loader, heldout, ranks, notes
+    )
 
 
 def fresh_model(recipe: Recipe, device: torch.device) -> Model:
@@ -160,8 +166,20 @@ def pick_device(name: str = "auto") -> torch.device:
 
 def names_recipe(what: str) -> bool:
     """Whether a command's argument means a recipe and not a folder; a packaged name wins, as in
-    ``load_recipe``."""
-    return what in packaged_recipes() or not Path(what).is_dir()
+    ``load_recipe``.
+
+    Raises:
+        UserError: it is neither.
+    """
+    path = Path(what)
+    if what in packaged_recipes() or path.is_file() or path.suffix in (".yaml", ".yml"):
+        return True
+    if path.is_dir():
+        return False
+    raise UserError(
+        f"{what}: no such recipe, cache or checkpoint; "
+        f"recipes that come along: {', '.join(packaged_recipes())}"
+    )
 
 
 def load_model(path: str | Path, *, raw: bool = False, device: str = "auto") -> Model:

@@ -57,11 +57,12 @@ def shapeworld(
     console.result({"manifest": str(manifest), "clips": clips}, [f"{clips} clips: {manifest}"])
 
 
-def ingest(source: Path, out: Path, keep: list[str], as_json: bool) -> None:
+def ingest(source: Path, out: Path, keep: list[str], windows: float | None, as_json: bool) -> None:
     """Write a manifest of the clips in a folder."""
     from motionloom.data.ingest import ingest as find_clips
     from motionloom.data.ingest import summary
     from motionloom.data.manifest import write_manifest
+    from motionloom.data.windows import cut_into_windows
 
     console = Out(as_json)
     unpack_to = out.parent / f"{source.stem}_unpacked"
@@ -72,6 +73,8 @@ def ingest(source: Path, out: Path, keep: list[str], as_json: bool) -> None:
     if not entries:
         skipped(console, problems.lines())
         raise UserError(f"{source}: no clip of it can be used; the lines above say why")
+    if windows is not None:
+        entries = cut_into_windows(entries, windows)
     write_manifest(out, entries)
     if len(problems):
         skipped(console, problems.lines())

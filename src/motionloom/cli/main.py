@@ -105,12 +105,15 @@ def ingest(
     keep: Annotated[
         list[str] | None, typer.Option(help="Only clips whose attribute is this, key=value; repeatable.")
     ] = None,
+    windows: Annotated[
+        float | None, typer.Option(min=0.01, help="Cut longer clips into windows of so many seconds.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Find the clips in a folder and their captions, check each, and list what cannot be used."""
     from motionloom.cli import data as command
 
-    command.ingest(source, out, keep or [], as_json)
+    command.ingest(source, out, keep or [], windows, as_json)
 
 
 @app.command(

@@ -136,7 +136,7 @@ def _summary(report: dict[str, Any]) -> list[str]:
     lines = []
     if adherence := report.get("prompt_adherence"):
         rates = ", ".join(f"{name} {rate:.0%}" for name, rate in adherence.items())
-        lines.append(f"as asked, of {report['prompts']} unseen prompts: {rates}")
+        lines.append(f"as asked: {rates} ({report['protocol']})")
     if losses := report["heldout_loss"]:
         lines.append(f"held-out loss {losses['first']:.3f} -> {losses['last']:.3f}")
     stages = ", ".join(f"{name} {duration(seconds)}" for name, seconds in report["seconds"].items())
@@ -227,14 +227,14 @@ def _steps_per_second(recipe: Recipe, out: Path, ranks: Any) -> float:
 
 def _train(recipe: Recipe, out: Path, ranks: Any, diary: Diary) -> Parts:
     from motionloom.cli.assemble import assemble
-    from motionloom.cli.train import show_buckets
+    from motionloom.cli.train import show_start
     from motionloom.cli.training_view import TrainingView
     from motionloom.config import write_provenance
     from motionloom.data.cache import open_cache
     from motionloom.train import checkpoint
 
     parts = assemble(recipe, open_cache(out / "cache"), ranks)
-    show_buckets(diary.console, parts.loader)
+    show_start(diary.console, parts)
     write_provenance(out, recipe)
     with diary.stage("train", f"{recipe.train.max_steps} steps"), TrainingView(diary.console) as view:
         outcome = parts.trainer(out, view).fit(resume=checkpoint.latest(out) is not None)

@@ -131,7 +131,7 @@ def _judge(model: Model, wishes: Wishes, clips: list[np.ndarray], diary: Diary) 
     diary.report["also_obeyed"] = {
         k: v for k, v in rates.items() if k not in diary.report["prompt_adherence"]
     }
-    diary.report["protocol"], diary.report["prompts"] = PROTOCOL, len(clips)
+    diary.report["protocol"] = f"{PROTOCOL}, {len(clips)} prompts of held-out combinations, EMA weights"
     specs = [world.sample(model.recipe.seed, n, "test") for n in range(len(clips))]
     real = torch.stack([torch.from_numpy(render_video(spec)) for spec in specs])
     rebuilt = model.tokenizer.decode(model.tokenizer.encode(real))

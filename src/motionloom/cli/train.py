@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from motionloom.cli.console import INTERRUPTED, Out
 
 if TYPE_CHECKING:
-    from motionloom.data.loader import Loader
+    from motionloom.cli.assemble import Parts
 
 
 def run(recipe_name: str, overrides: list[str], cache_path: Path | None, resume: bool, as_json: bool) -> None:
@@ -29,7 +29,7 @@ def run(recipe_name: str, overrides: list[str], cache_path: Path | None, resume:
         if ranks.is_main:
             for note in notes:
                 console.note(note)
-            show_buckets(console, parts.loader)
+            show_start(console, parts)
             # Never into the folder of another run, which the trainer is about to refuse.
             if resume or checkpoint.latest(run_dir) is None:
                 write_provenance(run_dir, recipe)
@@ -52,9 +52,11 @@ def run(recipe_name: str, overrides: list[str], cache_path: Path | None, resume:
         raise SystemExit(INTERRUPTED)
 
 
-def show_buckets(console: Out, loader: Loader) -> None:
-    """What becomes of every clip, before the first step."""
-    for row in loader.report():
+def show_start(console: Out, parts: Parts) -> None:
+    """What becomes of every clip, and what else to know, before the first step."""
+    for note in parts.notes:
+        console.note(note)
+    for row in parts.loader.report():
         console.note(
             f"bucket {row.shape}: {row.clips} clips, {row.batches:.4g} batches per epoch, "
             f"{row.dropped} dropped ({row.why})"

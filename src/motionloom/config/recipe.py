@@ -163,6 +163,7 @@ class FlowMatchingConfig(Section):
 class TrainConfig(Section):
     """The optimisation."""
 
+    method: Literal["denoise"] = Field(default="denoise", description="What a step optimises.")
     objective: Literal["flow", "ddpm_eps", "ddpm_v"] = "flow"
     precision: Literal["bf16", "fp32"] = "bf16"
     compile: bool = Field(default=False, description="Compile each block.")

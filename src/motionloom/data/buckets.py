@@ -60,7 +60,12 @@ def closest_size(width: float, height: float, sizes: Sequence[tuple[int, int]]) 
 
 
 def longest_fit(frames: int, lengths: Sequence[int]) -> int | None:
-    """The longest length that so many frames fill; None when even the shortest is too long."""
+    """The longest length that so many frames fill; None when even the shortest is too long.
+
+    Beside longer ones the length 1 is for stills: a moving clip is not silently cut down to a picture.
+    """
+    if frames > 1 and max(lengths) > 1:
+        lengths = [length for length in lengths if length > 1]
     return max((length for length in lengths if length <= frames), default=None)
 
 

@@ -78,13 +78,12 @@ def generate_clips(
     if not request.prompts:
         raise UserError("nothing to generate: give at least one prompt")
     assert request.first_frames is None or len(request.first_frames) == len(request.prompts)
-    steps = -(-len(request.prompts) // batch_size) * sampling.steps
-    for start in range(0, len(request.prompts), batch_size):
-        done = start // batch_size * sampling.steps
+    batches = -(-len(request.prompts) // batch_size)
+    for n, start in enumerate(range(0, len(request.prompts), batch_size)):
 
-        def report(step: int, _total: int, done: int = done) -> None:
+        def report(step: int, steps: int, n: int = n) -> None:
             if progress is not None:
-                progress(done + step, steps)
+                progress(n * steps + step, batches * steps)
 
         latents = _latents(model, request, sampling, start, batch_size, report)
         yield from model.tokenizer.decode(latents.cpu()).unbind(0)

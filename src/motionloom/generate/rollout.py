@@ -19,6 +19,8 @@ from motionloom.plans import Geometry, Layout, Plan, Text, keep_given, read_vide
 
 Progress = Callable[[int, int], None]
 """Called with (solver steps done, solver steps in all)."""
+Callback = Callable[[int, float, Tensor, Tensor], None]
+"""A solver's: (step, sigma, x, clean estimate)."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,35 @@ def rollout(
         generator: the noise of stochastic solvers, on the device of ``noise_BFSC``.
     """
     given = given or _nothing_given(geometry, noise_BFSC)
+    stages = plan.stages(geometry)
+    for n, frames in enumerate(stages):
+        if bool(given.given_BF[:, frames].all()):
+            continue
+        report = _reporter(progress, n * sampling.steps, len(stages) * sampling.steps)
+        made_BFSC = _solve(
+            predictor, plan, geometry, text, noise_BFSC, sampling, negative, given, generator, report
+        )
+        now_F = torch.zeros_like(given.given_BF[0])
+        now_F[frames] = True
+        new_BF = now_F & ~given.given_BF
+        clean_BFSC = torch.where(new_BF[..., None, None], made_BFSC, given.clean_BFSC)
+        given = Given(clean_BFSC, given.given_BF | new_BF)
+    return given.clean_BFSC
+
+
+def _solve(
+    predictor: Predictor,
+    plan: Plan,
+    geometry: Geometry,
+    text: Text,
+    noise_BFSC: Tensor,
+    sampling: Sampling,
+    negative: Text | None,
+    given: Given,
+    generator: torch.Generator | None,
+    callback: Callback | None,
+) -> Tensor:
+    """One stage: every frame that is not given, from noise to data."""
     layout = plan.layout(geometry, text, given.given_BF)
     negative_layout = plan.layout(geometry, negative, given.given_BF) if negative is not None else None
 
@@ -76,19 +107,12 @@ def rollout(
         made_BFS = (~given.given_BF)[..., None].expand(v.shape[:3])
         return sampling.guidance.combine(v, away, sigma, made_BFS)
 
-    sigmas = sigma_schedule(sampling.steps, shift=sampling.shift)
     solver = SOLVERS[sampling.solver]
     options: dict[str, object] = {"generator": generator} if solver.stochastic else {}
     if sampling.solver == "ddim":
         options["eta"] = sampling.eta
-    x_BFSC = solver.run(
-        velocity,
-        noise_BFSC,
-        sigmas,
-        path=PATHS[sampling.path],
-        callback=_reporter(progress, sampling.steps),
-        **options,
-    )
+    sigmas = sigma_schedule(sampling.steps, shift=sampling.shift)
+    x_BFSC = solver.run(velocity, noise_BFSC, sigmas, path=PATHS[sampling.path], callback=callback, **options)
     return keep_given(layout, given.clean_BFSC, x_BFSC)
 
 
@@ -107,7 +131,7 @@ def _velocity(
     return keep_given(layout, torch.zeros_like(v_BFSC), v_BFSC)
 
 
-def _reporter(progress: Progress | None, steps: int) -> Callable[[int, float, Tensor, Tensor], None] | None:
+def _reporter(progress: Progress | None, done: int, total: int) -> Callback | None:
     if progress is None:
         return None
-    return lambda step, sigma, x, clean: progress(step + 1, steps)
+    return lambda step, sigma, x, clean: progress(done + step + 1, total)

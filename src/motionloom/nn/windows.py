@@ -52,15 +52,12 @@ class Windows:
     def mask(self, allowed: Tensor | None) -> Tensor | None:
         """Who may look at whom within the windows, (..., W, M, M), given what is ``allowed`` besides.
 
-        Padding is seen by nobody and sees everybody: its rows must not be empty, and nothing reads them.
+        Padding is seen by nobody but padding, which keeps its rows from being empty.
         """
         if self.region_WM is None:
             return allowed
-        q_WM1, k_W1M = self.region_WM[:, :, None], self.region_WM[:, None, :]
-        mask = q_WM1 == k_W1M
-        if allowed is not None:
-            mask = mask & allowed
-        return mask | (q_WM1 < 0) if self.padded else mask
+        mask = self.region_WM[:, :, None] == self.region_WM[:, None, :]
+        return mask if allowed is None else mask & allowed
 
     def _real_I1(self) -> Tensor | None:
         if not self.padded:

@@ -2,7 +2,7 @@
 
 from motionloom.parallel.gradients import Gradients, clip_, grad_norm
 from motionloom.parallel.ranks import Ranks, start_ranks
-from motionloom.parallel.shard import parallelize
+from motionloom.parallel.shard import parallelize, why_not_compile
 from motionloom.parallel.state import (
     fill,
     load_optimizer_state,
@@ -25,4 +25,5 @@ __all__ = [
     "parallelize",
     "start_ranks",
     "whole",
+    "why_not_compile",
 ]

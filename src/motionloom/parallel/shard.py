@@ -17,6 +17,19 @@ from torch.distributed.fsdp import fully_shard
 from motionloom.parallel.ranks import Ranks
 
 
+def why_not_compile(device: torch.device) -> str:
+    """Empty if ``torch.compile`` can work on ``device``, else the reason: a CPU needs a C++ compiler."""
+    if device.type != "cpu":
+        return ""
+    from torch._inductor import cpp_builder, exc
+
+    try:
+        cpp_builder.get_cpp_compiler()
+    except exc.InvalidCxxCompiler:
+        return "no C++ compiler was found (g++ or clang++); blocks run as they are, which is slower"
+    return ""
+
+
 def parallelize(
     modules: Mapping[str, nn.Module], ranks: Ranks, sharding: Literal["ddp", "fsdp"], compile: bool = False
 ) -> None:

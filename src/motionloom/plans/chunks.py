@@ -10,6 +10,7 @@ Shapes: see ``layout.py``; D chunks.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -38,6 +39,11 @@ class Chunks:
 
     def draw_given(self, geometry: Geometry, generator: torch.Generator) -> Tensor:
         return torch.zeros(geometry.batch, geometry.grid[0], dtype=torch.bool, device=geometry.device)
+
+    def stages(self, geometry: Geometry) -> list[slice]:
+        """Chunk after chunk, each from the clean past: what a stream does."""
+        ends = [*range(int(self.first_alone) or self.frames, geometry.grid[0], self.frames), geometry.grid[0]]
+        return [slice(begin, end) for begin, end in pairwise([0, *ends])]
 
     def layout(self, geometry: Geometry, text: Text, given_BF: Tensor) -> Layout:
         frame_F = torch.arange(geometry.grid[0], device=geometry.device)

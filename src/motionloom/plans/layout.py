@@ -95,6 +95,10 @@ class Plan(Protocol):
         """Training: which frames are given, (B, F) bool, by this plan's own probabilities."""
         ...
 
+    def stages(self, geometry: Geometry) -> list[slice]:
+        """Generation: which frames are made together, in order; what is made is given to the next stage."""
+        ...
+
     def layout(self, geometry: Geometry, text: Text, given_BF: Tensor) -> Layout:
         """Where every token stands when the frames ``given_BF`` are given."""
         ...

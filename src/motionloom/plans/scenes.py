@@ -32,6 +32,10 @@ class Scenes:
         last_B1 = geometry.scene_BF.amax(dim=1, keepdim=True)
         return expand_B1 & (geometry.scene_BF < last_B1)
 
+    def stages(self, geometry: Geometry) -> list[slice]:
+        """All frames at once."""
+        return [slice(0, geometry.grid[0])]
+
     def layout(self, geometry: Geometry, text: Text, given_BF: Tensor) -> Layout:
         layout = clip_layout(geometry, text, given_BF, same_scene_or_both_video)
         return replace(layout, text_level_BL=self._text_levels(geometry, text, given_BF))

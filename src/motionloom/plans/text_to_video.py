@@ -48,6 +48,10 @@ class TextToVideo:
     def draw_given(self, geometry: Geometry, generator: torch.Generator) -> Tensor:
         return torch.zeros(geometry.batch, geometry.grid[0], dtype=torch.bool, device=geometry.device)
 
+    def stages(self, geometry: Geometry) -> list[slice]:
+        """All frames at once."""
+        return [slice(0, geometry.grid[0])]
+
     def layout(self, geometry: Geometry, text: Text, given_BF: Tensor) -> Layout:
         return clip_layout(geometry, text, None, full)
 
@@ -69,6 +73,10 @@ class FirstFrame:
         if geometry.grid[0] > 1:
             given_BF[:, 0] = (draw_B < self.probability).to(geometry.device)
         return given_BF
+
+    def stages(self, geometry: Geometry) -> list[slice]:
+        """All frames at once."""
+        return [slice(0, geometry.grid[0])]
 
     def layout(self, geometry: Geometry, text: Text, given_BF: Tensor) -> Layout:
         return clip_layout(geometry, text, given_BF, full)

@@ -54,8 +54,9 @@ class HashEncoder(nn.Module):
             )
         self.dim, self.vocab_size, self.max_length = dim, vocab_size, max_length
         self.seed, self.trainable = seed, trainable
-        self.words = nn.Embedding(vocab_size, dim)
-        self.places = nn.Embedding(max_length, dim)
+        # Given their values, since a new embedding draws its own from the global generator.
+        self.words = nn.Embedding(vocab_size, dim, _weight=torch.empty(vocab_size, dim))
+        self.places = nn.Embedding(max_length, dim, _weight=torch.empty(max_length, dim))
         with torch.no_grad():
             self.words.weight.normal_(0, _WORD_STD, generator=torch_generator(seed, "text", "words"))
             self.places.weight.normal_(0, _PLACE_STD, generator=torch_generator(seed, "text", "places"))

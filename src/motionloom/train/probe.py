@@ -1,4 +1,4 @@
-"""How fast does this recipe train here? Real steps on real batches, with weights that are then thrown away."""
+"""How fast does a recipe train here? Real steps on real batches, with weights that are then thrown away."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from motionloom.train.stepper import Stepper
 def steps_per_second(
     method: Method, loader: Loader, recipe: Recipe, ranks: Ranks, steps: int, warm_up: int = 3
 ) -> float:
-    """The rate of optimiser steps after ``warm_up`` of them, compilation left out. Changes the method's weights.
+    """Optimiser steps per second after ``warm_up`` of them, compilation left out. Changes the weights.
 
     From the median, since a step that something else on the machine held up says nothing of the rest.
     """

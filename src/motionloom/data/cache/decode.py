@@ -127,7 +127,8 @@ def _decode_crop(
     )
     frames = longest_fit(len(clip.video_FHW3), lengths)
     if frames is None:
-        raise _too_short(entry, len(clip.video_FHW3), lengths[0], fps)
+        shortest = min(lengths, key=lambda length: (length == 1, length))
+        raise _too_short(entry, len(clip.video_FHW3), shortest, fps)
     captions, scene_frames = _scenes(entry, frames, fps, spec)
     video_PHW3 = torch.from_numpy(clip.video_FHW3[:frames])
     unused = _unused(entry, frames, fps)
@@ -148,7 +149,7 @@ def _too_short(entry: ManifestEntry, has: int, needs: int, fps: float) -> MediaE
         what, fix = "is a still, and the recipe takes no clips of one frame", "add 1 to bucketing.frames"
     else:
         what = f"is too short: {has} of {needs} frames at {fps:g} a second"
-        fix = "lower video.num_frames or video.fps"
+        fix = "lower video.num_frames or raise video.fps"
     return MediaError(entry.id, what, f"{fix}, or leave it out", "too short")
 
 
