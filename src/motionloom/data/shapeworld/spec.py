@@ -166,7 +166,7 @@ class World:
         return cls(
             shapes=("circle", "square", "triangle", "star"),
             colors=("red", "orange", "yellow", "green", "blue", "purple"),
-            motions=("left", "right", "up", "down", "spin"),
+            motions=("left", "right", "up", "down", "grow"),
             backgrounds=("dark", "light"),
             objects=(1,),
             frames=frames,
