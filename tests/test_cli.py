@@ -490,3 +490,27 @@ def test_an_interrupted_training_leaves_a_checkpoint_and_says_so(workshop: dict[
     assert process.returncode == 130
     assert "(signal)" in out
     assert list(Path("runs/stopped/checkpoints").glob("step_*/manifest.json"))
+
+
+def test_training_goes_on_without_a_compiler(workshop: dict[str, Answer]) -> None:
+    """`compile` on a machine with Python and make alone: a note, and blocks run as they are."""
+    wanted = [*TINY, "train.compile=true", "train.max_steps=2", "experiment_name=no_compiler"]
+    done = subprocess.run(
+        [sys.executable, "-m", "motionloom", "train", "quickstart", "--cache", "caches/small", *wanted, "--json"],
+        env={**os.environ, "CXX": "no-such-compiler"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "train.compile: no C++ compiler was found" in done.stderr
+    assert json.loads(done.stdout)["step"] == 2
+
+
+def test_windows_cut_long_clips(workshop: dict[str, Answer]) -> None:
+    answer = call("data", "ingest", "my_clips", "--out", "cut.jsonl", "--windows", "0.5", "--json")
+    assert answer.code == 0
+    ids = [json.loads(line)["id"] for line in Path("cut.jsonl").read_text().splitlines()]
+    whole = workshop["data ingest"].value["clips"]
+    assert len(ids) > whole
+    assert any(id_.endswith("__w01") for id_ in ids)
