@@ -241,7 +241,7 @@ def test_previews_and_measurements_do_not_move_training(tmp_path: Path) -> None:
     assert [step for step, _, _ in seen] == [3, 6, 9, 12]
     assert all(raw != ema for _, raw, ema in seen)
     measured = [line["step"] for line in metrics(tmp_path / "busy") if "heldout_loss" in line]
-    assert measured == [2, 4, 6, 8, 10, 12]
+    assert measured == [1, 2, 4, 6, 8, 10, 12]
 
 
 def test_heldout_loss_depends_on_the_weights_alone() -> None:

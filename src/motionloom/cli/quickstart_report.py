@@ -229,7 +229,9 @@ def _losses(out: Path) -> tuple[dict[str, float], Chart]:
         line_chart(curves, "step"),
     )
     held_out = [loss for _, loss in curves["held out"]]
-    return ({"first": held_out[0], "last": held_out[-1]} if held_out else {}), chart
+    if not held_out:
+        return {}, chart
+    return {"first": held_out[0], "lowest": min(held_out), "last": held_out[-1]}, chart
 
 
 def _provenance(parts: Parts) -> dict[str, Any]:

@@ -192,7 +192,9 @@ class TrainConfig(Section):
         default=2, description="The newest K; the last always."
     )
     heldout_fraction: Fraction = Field(default=0.05, description="Of the cache, kept out of training.")
-    heldout_every_steps: NotNegative = Field(default=0, description="0: only at the end.")
+    heldout_every_steps: NotNegative = Field(
+        default=0, description="And after the first step; 0: only at the end."
+    )
     sharding: Literal["ddp", "fsdp"] = "ddp"
     init_from: str = Field(default="", description="Checkpoint whose weights to start from; a new run.")
     sample_every_steps: NotNegative = Field(default=0, description="0: no samples while training.")

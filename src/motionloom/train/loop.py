@@ -158,7 +158,9 @@ class Trainer:
         # A checkpoint closes the figures' window as well: a resume starts with an empty one.
         log = save or step == 1 or step % c.log_every_steps == 0
         # A machine that is being taken away leaves no time to measure.
-        measure = bool(self._heldout) and (end in ("done", "time") or _due(step, c.heldout_every_steps))
+        # At the first step too: what the others are to be compared with.
+        due = _due(step, c.heldout_every_steps) or (step == 1 and c.heldout_every_steps > 0)
+        measure = bool(self._heldout) and (end in ("done", "time") or due)
         sample = self._on_sample is not None and end != "signal" and _due(step, c.sample_every_steps)
         values: dict[str, float] = {}
         if save or log or measure or sample:
