@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from motionloom.generate import Model
 
+SOLVERS = ("euler", "heun", "dpmpp_2m", "ddim")
 FORMATS = ("mp4", "webm", "webp", "gif", "png")
 
 
@@ -49,7 +50,6 @@ def run(checkpoint: Path, wish: Wish, out: Path, raw: bool, device: str, as_json
     from motionloom.cli.assemble import load_model
     from motionloom.data.media import write_video
     from motionloom.data.sheets import contact_sheet
-    from motionloom.flow import SOLVERS
     from motionloom.generate import ClipRequest, generate_clips, recipe_sampling
 
     if wish.format not in FORMATS:

@@ -17,6 +17,7 @@ os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 import typer
 
+from motionloom import __version__
 from motionloom.cli.console import INTERRUPTED, WRONG, die
 from motionloom.errors import UserError
 
@@ -32,6 +33,22 @@ app.add_typer(data_app, name="data")
 
 # Wrong options and arguments. Typer exports only this child of it.
 _UsageError: Any = typer.BadParameter.__base__
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"motionloom {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """From a folder of captioned clips to a text-to-video model."""
+
 
 Json = Annotated[bool, typer.Option("--json", help="Print the answer as one JSON object on stdout.")]
 Recipe = Annotated[

@@ -30,6 +30,8 @@ CALIBRATION_STEPS = 12
 # some as well. Where that is not enough the clock ends the training, PATIENCE later than promised at most.
 PLANNED = 0.92
 PATIENCE = 1.05
+# Compiling takes about half a minute, which a shorter training never gets back.
+MINUTES_TO_COMPILE = 2.0
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,10 @@ def run(
     name = "quickstart" if data is None else "clips"
     # As JSON, so that YAML does not read a folder named 7 as a number.
     folder, run_name = json.dumps(str(out.parent)), json.dumps(out.name)
-    wish = Wish(name, (*overrides, f"output_dir={folder}", f"experiment_name={run_name}", f"seed={seed}"))
+    compiles = () if sizes.minutes >= MINUTES_TO_COMPILE else ("train.compile=false",)
+    wish = Wish(
+        name, (*compiles, *overrides, f"output_dir={folder}", f"experiment_name={run_name}", f"seed={seed}")
+    )
     wish.recipe()  # what is wrong with it is said before anything is made
     diary = Diary(Out(as_json), new_folder(out))
     if data is None:
@@ -123,7 +128,7 @@ def run(
         diary.report["clips"] = {"cached": len(open_cache(out / "cache")), "skipped": made.skipped.skipped}
         skipped(diary.console, made.skipped.lines() if len(made.skipped) else [])
     with start_ranks() as ranks:
-        recipe = _with_steps(wish, sizes.minutes, out, ranks, diary)
+        recipe = _with_steps(wish, sizes.minutes, overrides, out, ranks, diary)
         parts = _train(recipe, out, ranks, diary)
         page = finish(parts, out, data is None, sizes.prompts, SHOWN, diary)
     diary.console.result({**diary.report, "page": str(page)}, [*_summary(diary.report), f"the page: {page}"])
@@ -192,7 +197,9 @@ def fitting_fps(entries: list[ManifestEntry], frames: int, usual: float) -> floa
     return min(240.0, math.ceil(rate * 1000) / 1000)
 
 
-def _with_steps(wish: Wish, minutes: float, out: Path, ranks: Any, diary: Diary) -> Recipe:
+def _with_steps(
+    wish: Wish, minutes: float, overrides: list[str], out: Path, ranks: Any, diary: Diary
+) -> Recipe:
     """Count how many steps fit into ``minutes`` on this machine; a run that has begun keeps its count."""
     from motionloom.config import load_recipe
     from motionloom.train import checkpoint
@@ -200,9 +207,12 @@ def _with_steps(wish: Wish, minutes: float, out: Path, ranks: Any, diary: Diary)
     begun = checkpoint.latest(out)
     if begun is not None:
         diary.console.note(f"going on from {begun.name}, with the recipe and the steps that it began with")
+        if overrides:
+            diary.console.note(f"not applied: {' '.join(overrides)}; they need a run of their own (--out)")
         return load_recipe(begun / "recipe.yaml")
     recipe = wish.recipe()
-    with diary.stage("calibrate", "some real steps, to count how many fit"):
+    first = "compiling, then some real steps" if recipe.train.compile else "some real steps"
+    with diary.stage("calibrate", f"{first}, to count how many fit"):
         rate = _steps_per_second(recipe, out, ranks)
     steps = max(1, min(recipe.train.max_steps, int(rate * minutes * 60 * PLANNED)))
     every = max(1, steps // 8)

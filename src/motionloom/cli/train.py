@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from motionloom.cli.console import INTERRUPTED, Out
+from motionloom.errors import UserError
 
 if TYPE_CHECKING:
     from motionloom.cli.assemble import Parts
@@ -24,6 +25,8 @@ def run(recipe_name: str, overrides: list[str], cache_path: Path | None, resume:
     console = Out(as_json)
     recipe, notes = load_recipe_with_notes(recipe_name, overrides)
     run_dir = Path(recipe.output_dir) / recipe.experiment_name
+    if resume and checkpoint.latest(run_dir) is None:
+        raise UserError(f"--resume: {run_dir} holds no checkpoint; to start that run, leave --resume out")
     with start_ranks() as ranks:
         parts = assemble(recipe, open_cache(cache_path or run_dir / "cache"), ranks)
         if ranks.is_main:
