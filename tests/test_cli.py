@@ -366,7 +366,7 @@ MISTAKES = [
     ("inspect runs/mine model.depth=2", "key=value is for recipes"),
     ("inspect foreign.pt", "foreign.pt"),
     ("doctor runs/mine model.depth=2", "key=value is for recipes"),
-    ("doctor nosuch", "nosuch: no such recipe file"),
+    ("doctor nosuch", "nosuch: no such recipe, cache or checkpoint"),
     ("quickstart --data empty --out runs/x", "no clip of it can be used"),
     ("quickstart --out a_file/x", "a_file/x: cannot be made"),
     ("quickstart --out runs/x model.heads=3", "did you mean model.num_heads?"),
