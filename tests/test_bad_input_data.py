@@ -289,6 +289,7 @@ LINES = {
     "caption that is a list": ({"caption": ["a"]}, "the caption is a list", "bad caption"),
     "captions that are text": ({"captions": "a"}, "captions is text, not a list", "bad caption"),
     "negative start": ({"start": -1}, "start is -1", "bad start"),
+    "absurd start": ({"start": 1e18}, r"start is 1e\+18; correct it", "bad start"),
     "negative end": ({"end": -0.5}, "end is -0.5", "bad end"),
     "end before start": ({"start": 2, "end": 1}, "end 1 s is not after start 2 s", "bad times"),
     "fps NaN": ({"fps": float("nan")}, "fps is nan; give a number above 0", "bad fps"),

@@ -151,6 +151,10 @@ def test_new_caption_does_not_encode_again(world: list[ManifestEntry], cache_pat
             {"bucketing": {"enabled": True, "buckets": [(32, 32)]}},
             r"^[^;]*bucketing\.enabled is False in the cache and True in the recipe; give",
         ),
+        (
+            {"tokenizer": {"whiten": 0.5}},
+            r"tokenizer\.whiten is 1\.0 in the cache and 0\.5 in the recipe",
+        ),
     ],
 )
 def test_another_recipe_is_refused(
@@ -367,7 +371,10 @@ def test_killed_while_writing_then_continued(world: list[ManifestEntry], tmp_pat
     own = recipe(tokenizer={"name_or_path": str(out / "tokenizer")})
     build_cache(own, world, tmp_path / "uninterrupted")
     assert_same_rows(out, tmp_path / "uninterrupted")
-    assert open_cache(out).identity == open_cache(tmp_path / "uninterrupted").identity
+    fitted, named = (open_cache(path).identity for path in (out, tmp_path / "uninterrupted"))
+    # The one notes how its tokenizer was fitted, the other was handed it.
+    assert {**named.made_with, "tokenizer.whiten": 1.0} == fitted.made_with
+    assert (fitted.tokenizer, fitted.spec) == (named.tokenizer, named.spec)
 
 
 def test_killed_before_the_first_commit(world: list[ManifestEntry], built: Path, tmp_path: Path) -> None:

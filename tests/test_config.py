@@ -198,7 +198,7 @@ def test_several_problems_come_together_and_not_more_than_five(write):
         ("train: {batch_size: 1.5}", "train.batch_size is 1.5; expected a whole number above 0"),
         ("train: {compile: maybe}", 'train.compile is "maybe"; expected true or false'),
         ("train: {cfg_dropout_prob: 2}", "expected a number from 0 to 1"),
-        ("train: {betas: [0.9]}", "train.betas is [0.9]; expected a list of 2, each a number from 0 to 1"),
+        ("train: {betas: [0.9]}", "train.betas is [0.9]; expected a list of 2, each a number from 0 below 1"),
         ("train: {betas: [0.9, 2]}", "train.betas[1] is 2;"),
         ("train: {sample_prompts: a cat}", 'is "a cat"; expected a list, each item a text'),
         ("train: {clip_grad_norm: -1}", "expected a number above 0 or null"),

@@ -328,3 +328,13 @@ def test_frozen_text_is_what_the_encoder_would_say(cache: Cache) -> None:
     assert torch.equal(batch.empty_text.x_BLC, empty.x_BLC)
     assert torch.equal(batch.empty_text.valid_BL, empty.valid_BL)
     assert torch.equal(batch.empty_text.scene_BL, empty.scene_BL)
+
+
+def test_new_captions_under_old_ids_change_the_fingerprint(tmp_path) -> None:
+    """A resume on other captions would be another run."""
+    world = make_world(tmp_path / "clips", 6)
+    build_cache(recipe(), world, tmp_path / "cache")
+    before = Loader(open_cache(tmp_path / "cache"), recipe()).fingerprint()
+    assert Loader(open_cache(tmp_path / "cache"), recipe()).fingerprint() == before
+    build_cache(recipe(), [replace(entry, caption="something else") for entry in world], tmp_path / "cache")
+    assert Loader(open_cache(tmp_path / "cache"), recipe()).fingerprint() != before

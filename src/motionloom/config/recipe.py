@@ -15,6 +15,7 @@ Positive = Annotated[int, Field(gt=0)]
 NotNegative = Annotated[int, Field(ge=0)]
 Byte = Annotated[int, Field(ge=0, le=255)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
 class Section(BaseModel):
@@ -176,7 +177,7 @@ class TrainConfig(Section):
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup_steps: NotNegative = 0
     min_lr_ratio: Fraction = Field(default=0.0, description="Where cosine and linear end, as a part of `lr`.")
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.95)
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
     clip_grad_norm: Annotated[float, Field(gt=0)] | None = 1.0
     max_steps: Positive = 1000

@@ -93,8 +93,14 @@ class Loader:
     def fingerprint(self) -> str:
         """Digest of all that decides which clips batch n holds; a resumed run must find it unchanged."""
         facts: list[Any] = [self._recipe.seed, self._recipe.train.batch_size * self._world, self._split]
-        ids = [(str(bucket), [self._cache.ids[row] for row in rows]) for bucket, rows in self._rows.items()]
-        return hashlib.sha256(repr([*facts, ids]).encode()).hexdigest()
+        digest = hashlib.sha256(repr([*facts, self._cache.identity.fingerprint]).encode())
+        for bucket, rows in self._rows.items():
+            digest.update(str(bucket).encode())
+            for row in self._cache.metadata(rows):
+                digest.update(
+                    repr([row[key] for key in ("id", "captions", "wordings", "scene_frames")]).encode()
+                )
+        return digest.hexdigest()
 
     def batches(self, start: int = 0) -> Iterator[Batch]:
         """Batches ``start``, ``start`` + 1, ...: the same ones, wherever a run was stopped."""

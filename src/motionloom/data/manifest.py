@@ -27,6 +27,7 @@ PATH_KEYS = ("path", "frames_dir", "image_path", "video_path", "file_name", "fil
 CAPTION_KEYS = ("caption", "text", "prompt")
 _DETAILS = ("fps", "frames", "width", "height", "start", "end", "scenes", "captions", "kind", "caption_from")
 _OWN_KEYS = frozenset((*PATH_KEYS, *CAPTION_KEYS, *_DETAILS, "id", "attributes"))
+_LARGEST = 1e8  # seconds, frames or pixels: three years of film
 _MAX_ID_BYTES = 200  # leaves room for a suffix in the 255 bytes that file systems give a name
 _WINDOWS_NAMES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
 _UNSAFE_CHARACTERS = re.compile(r'[\x00-\x1f\x7f<>:"|?*\\]')
@@ -424,6 +425,8 @@ def _number(
     if value is None:
         return None
     fix = f"give a number {'above' if above else 'of at least'} {minimum:g}, or leave it out"
+    if isinstance(value, int | float) and abs(value) > _LARGEST:
+        raise MediaError(where, f"{key} is {value}", "correct it, or leave it out", f"bad {key}")
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise MediaError(where, f"{key} is {_type_name(value)}, not a number", fix, f"bad {key}")
     if not math.isfinite(value) or value < minimum or (above and value == minimum):

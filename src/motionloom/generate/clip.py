@@ -13,7 +13,7 @@ from torch import Tensor
 
 from motionloom.config.recipe import Recipe
 from motionloom.errors import UserError
-from motionloom.flow import Guidance
+from motionloom.flow import DiscreteSchedule, Guidance
 from motionloom.generate.model import Model
 from motionloom.generate.rollout import Given, Sampling, rollout
 from motionloom.nn.patching import patchify, unpatchify
@@ -51,12 +51,19 @@ def recipe_sampling(
         shift=train.sample_shift,
         path=recipe.flow_matching.path,
         eta=train.sample_eta,
+        schedule=_ddpm_schedule(recipe),
         guidance=Guidance(
             scale=train.sample_cfg_scale if guidance is None else guidance,
             rescale=train.sample_cfg_rescale,
             interval=train.sample_cfg_interval,
         ),
     )
+
+
+def _ddpm_schedule(recipe: Recipe) -> DiscreteSchedule | None:
+    if recipe.train.objective == "flow":
+        return None
+    return DiscreteSchedule(recipe.diffusion.schedule, recipe.diffusion.num_timesteps)
 
 
 def generate_clips(
@@ -85,7 +92,15 @@ def generate_clips(
             if progress is not None:
                 progress(n * steps + step, batches * steps)
 
-        latents = _latents(model, request, sampling, start, batch_size, report)
+        try:
+            latents = _latents(model, request, sampling, start, batch_size, report)
+        except (MemoryError, RuntimeError) as error:
+            if "memory" not in str(error).lower():
+                raise
+            raise UserError(
+                f"clips of this size do not fit into memory ({str(error).splitlines()[0][:120]}): "
+                "make them smaller or shorter"
+            ) from error
         yield from model.tokenizer.decode(latents.cpu()).unbind(0)
 
 

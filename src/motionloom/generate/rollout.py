@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from motionloom.backbones.prediction import Predictor
-from motionloom.flow import PATHS, SOLVERS, Guidance, sigma_schedule
+from motionloom.flow import PATHS, SOLVERS, DiscreteSchedule, Guidance, sigma_schedule
 from motionloom.plans import Geometry, Layout, Plan, Text, keep_given, read_video, to_streams_at
 
 Progress = Callable[[int, int], None]
@@ -33,6 +33,8 @@ class Sampling:
     path: str = "linear"
     eta: float = 0.0
     guidance: Guidance = field(default_factory=Guidance)
+    schedule: DiscreteSchedule | None = None
+    """Of a network trained by DDPM: only its own noise levels are visited, and ``shift`` does not apply."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +113,13 @@ def _solve(
     options: dict[str, object] = {"generator": generator} if solver.stochastic else {}
     if sampling.solver == "ddim":
         options["eta"] = sampling.eta
-    sigmas = sigma_schedule(sampling.steps, shift=sampling.shift)
-    x_BFSC = solver.run(velocity, noise_BFSC, sigmas, path=PATHS[sampling.path], callback=callback, **options)
+    path = PATHS[sampling.path]
+    if sampling.schedule is None:
+        start_BFSC, sigmas = noise_BFSC, sigma_schedule(sampling.steps, shift=sampling.shift)
+    else:
+        start_BFSC = sampling.schedule.start(noise_BFSC, path)
+        sigmas = sampling.schedule.grid(sampling.steps, path)
+    x_BFSC = solver.run(velocity, start_BFSC, sigmas, path=path, callback=callback, **options)
     return keep_given(layout, given.clean_BFSC, x_BFSC)
 
 

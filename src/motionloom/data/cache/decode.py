@@ -76,6 +76,9 @@ def decode(recipe: Recipe, entry: ManifestEntry) -> list[Decoded] | Problem:
         return [_decode_crop(recipe, entry, crop, size, spec) for crop in range(recipe.preprocess.num_crops)]
     except MediaError as error:
         return Problem.of(error, entry.id)
+    except (ArithmeticError, ValueError) as error:
+        # What a decoder makes of damaged headers; one clip must never stop the rest.
+        return Problem(entry.id, f"cannot be read ({error})", "encode it again or leave it out", "unreadable")
 
 
 def sample_for_fit(

@@ -104,6 +104,9 @@ def decisive_keys(recipe: Recipe) -> dict[str, Any]:
         keys["bucketing.frames"] = sorted(set(recipe.bucketing.frames))
     else:
         keys["video.num_frames"] = recipe.video.num_frames
+    if not recipe.tokenizer.name_or_path:
+        # How the cache's own tokenizer is fitted; a named one is compared by its fingerprint.
+        keys["tokenizer.whiten"] = recipe.tokenizer.whiten
     if recipe.preprocess.crop == "shifted":
         keys |= {
             "preprocess.shift_fraction": recipe.preprocess.shift_fraction,
@@ -128,6 +131,8 @@ def mismatches(identity: Identity, recipe: Recipe, *, tokenizer: Tokenizer | Non
     for key in sorted(identity.made_with.keys() | wanted.keys()):
         if key in wanted and key in identity.made_with and wanted[key] != identity.made_with[key]:
             found.append(f"{key} is {identity.made_with[key]} in the cache and {wanted[key]} in the recipe")
+        elif key.startswith("tokenizer."):
+            continue
         elif key not in wanted or key not in identity.made_with:
             found += _one_sided(key, identity.made_with, wanted)
     found += _spec_mismatches(identity.spec, recipe, "in the cache")

@@ -47,6 +47,7 @@ SYMMETRY = {"square": 1 / 4, "triangle": 1 / 3, "star": 1 / 5, "cross": 1 / 4, "
 
 HELD_OUT = 1 / 6  # share of the combinations that only the test split holds
 PLACEMENTS = 64  # tries at finding two paths that do not cross
+MIN_PIXELS = 20  # below this the oracle misses small objects on real clips
 MIN_FRAMES = 4  # below this a bounce cannot be told from a drift
 
 
@@ -148,9 +149,9 @@ class World:
             raise UserError("ShapeWorld: two objects need at least two colors")
         if self.frames < MIN_FRAMES:
             raise UserError(f"ShapeWorld: frames={self.frames}: motions need at least {MIN_FRAMES}")
-        if min(self.height, self.width) < 16:
+        if min(self.height, self.width) < MIN_PIXELS:
             raise UserError(
-                f"ShapeWorld: {self.height}x{self.width} is too small: use at least 16 pixels a side"
+                f"ShapeWorld: {self.height}x{self.width} is too small: use at least {MIN_PIXELS} a side"
             )
         if not self.fps > 0:
             raise UserError(f"ShapeWorld: fps={self.fps}: use a positive number")
