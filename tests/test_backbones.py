@@ -350,7 +350,7 @@ def test_noise_level_and_words_matter(kind):
     told = replace(clip, text=replace(clip.text, x_BLC=changed(clip.text.x_BLC, slice(None), 0)))
     assert (told.run(model, TextToVideo()) - out).abs().mean() > 1e-3
     layout, streams = clip.streams(TextToVideo())
-    louder = {n: s.with_x(s.x_BNC, s.sigma_BK * 0.5) for n, s in streams.items()}
+    louder = {n: replace(s, sigma_BK=s.sigma_BK * 0.5) for n, s in streams.items()}
     changed_out = read_video(layout, model(louder, layout.visibility)["video"])
     assert (changed_out - out).abs().mean() > 1e-3
 

@@ -161,7 +161,7 @@ def test_an_unknown_key_names_the_nearest(write, key, meant):
 
 
 def test_an_unknown_key_without_likeness_lists_what_there_is(write):
-    assert "bucketing has enabled, strategy, buckets, frames" in refusal(write("bucketing: {zzz: 1}"))
+    assert "bucketing has enabled, buckets, frames" in refusal(write("bucketing: {zzz: 1}"))
     assert "the sections are video, " in refusal(write("zzz: 1"))
     assert "train is a section" in refusal(write("train: 5"))
     assert "train.lr takes one value" in refusal(write("train: {lr: {high: 1}}"))

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import os
 import time
 import zipfile
 
@@ -18,7 +17,6 @@ from motionloom.data.manifest import (
     read_entry,
     read_manifest,
     safe_id,
-    safe_path,
     write_manifest,
 )
 from motionloom.data.media import MediaError, probe, write_video
@@ -240,29 +238,15 @@ def test_lines_of_other_tools_are_understood(tmp_path):
     assert [probe(entry.path).kind for entry in entries[:2]] == ["frames", "image"]
 
 
-def test_safe_path_never_leaves_its_root(tmp_path):
-    root = tmp_path / "cache"
-    root.mkdir()
-    assert safe_path(root, "cats/1", ".npy") == root / "cats" / "1.npy"
-    os.symlink(tmp_path, root / "out")
-    for id in (
-        "../x",
-        "/etc/x",
-        "a/../../x",
-        "a\0b",
-        "",
-        "a//b",
-        "con",
-        "nul.txt",
-        "x" * 201,
-        "a\\b",
-        "out/x",
-        "a. ",
-    ):
-        with pytest.raises(MediaError):
-            safe_path(root, id, ".npy")
-        if id != "out/x":
-            assert safe_path(root, safe_id(id), ".npy").is_relative_to(root)
+@pytest.mark.parametrize(
+    "id",
+    ["../x", "/etc/x", "a/../../x", "a\0b", "", "a//b", "con", "nul.txt", "x" * 201, "a\\b", "a. "],
+)
+def test_an_id_is_a_name_below_its_folder_everywhere(id):
+    assert check_id("cats/1", "here") == "cats/1"
+    with pytest.raises(MediaError):
+        check_id(id, "here")
+    assert check_id(safe_id(id), "here")
 
 
 def test_a_hundred_small_clips_take_about_a_second(tmp_path):

@@ -37,7 +37,7 @@ _SAME = frozenset(
     for section, names in {
         "": "experiment_name output_dir seed num_workers",
         "video": "width height fps num_frames frame_stride",
-        "bucketing": "enabled strategy buckets",
+        "bucketing": "enabled buckets",
         "preprocess": "crop shift_fraction num_crops seed",
         "tokenizer": "latent_f latent_d",
         "text_encoder": "type dim vocab_size max_length trainable name_or_path",
@@ -54,6 +54,7 @@ _SAME = frozenset(
 
 # Keys that only mmdit has, and what becomes of them.
 _GONE = {
+    "bucketing.strategy": "not a choice, the closest aspect ratio is always taken",
     "tokenizer.name_or_path": "not loaded, it names a VTP checkpoint",
     "tokenizer.repo_path": "dropped, no foreign code is put on the import path",
     "tokenizer.latent_scale": "dropped, latents are normalised per channel",

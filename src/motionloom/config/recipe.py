@@ -47,7 +47,6 @@ class BucketingConfig(Section):
     """Sizes that clips are sorted into; off: every clip takes `video.width` x `video.height`."""
 
     enabled: bool = False
-    strategy: Literal["closest_ar"] = "closest_ar"
     buckets: tuple[tuple[Positive, Positive], ...] = Field(default=(), description="[width, height] pairs.")
     frames: tuple[Positive, ...] = Field(default=(), description="Lengths; empty: `video.num_frames` alone.")
 

@@ -193,17 +193,6 @@ def read_entry(
     )
 
 
-def safe_path(root: str | os.PathLike[str], id: str, suffix: str) -> Path:
-    """``root/id + suffix``, the file for a clip's id. Raises `MediaError` if that could leave ``root``."""
-    check_id(id, id[:80])
-    root = Path(root).resolve()
-    path = root / (id + suffix)
-    # An id that is clean in itself can still pass through a link that someone laid inside root.
-    if not path.resolve().is_relative_to(root):
-        raise MediaError(str(path), f"leads out of {root} through a link", "remove the link", "unsafe id")
-    return path
-
-
 def check_id(id: object, where: str) -> str:
     """An id that can name a file everywhere; a ``/`` makes a subfolder. Raises `MediaError` otherwise."""
     fix = "use letters, digits, '-', '_' and '/'"

@@ -7,7 +7,7 @@ T token frames. A field of batch size 1 holds for the whole batch.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -90,10 +90,6 @@ class Stream:
         ).view(-1, 3)
         modality = torch.full((1, cell_N3.shape[0]), MODALITIES.index(self.modality), device=device)
         return Attributes(modality, self.scene_BN, self.chunk_BN, self.context_BN, cell_N3.unsqueeze(0))
-
-    def with_x(self, x_BNC: Tensor, sigma_BK: Tensor) -> Stream:
-        """The same tokens at other values and noise levels (a solver's next step)."""
-        return replace(self, x_BNC=x_BNC, sigma_BK=sigma_BK)
 
 
 Streams = Mapping[str, Stream]
