@@ -7,7 +7,6 @@ figures taken. A second call with the same --out goes on where the first was sto
 from __future__ import annotations
 
 import json
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -166,7 +165,7 @@ def _own_clips(
     from motionloom.cli.data import attribute_filter
     from motionloom.data.ingest import ingest
     from motionloom.data.manifest import write_manifest
-    from motionloom.data.windows import cut_into_windows
+    from motionloom.data.windows import cut_into_windows, fitting_fps
     from motionloom.errors import UserError
 
     with diary.console.progress("clips looked into") as advance:
@@ -182,19 +181,6 @@ def _own_clips(
     entries = cut_into_windows(entries, video.num_frames / fps)
     write_manifest(out / "manifest.jsonl", entries)
     return wish.but(video__fps=fps), entries
-
-
-def fitting_fps(entries: list[ManifestEntry], frames: int, usual: float) -> float:
-    """The usual rate, or a higher one at which all but the shortest tenth of moving clips fill ``frames``."""
-    from motionloom.data.windows import duration
-
-    lengths = sorted(length for entry in entries if (length := duration(entry)))
-    if not lengths:
-        return usual
-    short = lengths[len(lengths) // 10]
-    rate = usual if short * usual >= frames else frames / short
-    # Rounded up, so that rounding never makes the clip longer than its source.
-    return min(240.0, math.ceil(rate * 1000) / 1000)
 
 
 def _with_steps(

@@ -1,7 +1,8 @@
-"""Long clips cut into windows of one length, so that a short recipe uses all of a long clip."""
+"""Clips of any length to one length: long ones cut into windows, and the rate at which short ones fill it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 
@@ -39,3 +40,14 @@ def duration(entry: ManifestEntry) -> float | None:
     if entry.frames is None or entry.fps is None:
         return None
     return entry.frames / entry.fps - entry.start if entry.frames > 1 else 0.0
+
+
+def fitting_fps(entries: Iterable[ManifestEntry], frames: int, usual: float) -> float:
+    """The usual rate, or a higher one at which all but the shortest tenth of moving clips fill ``frames``."""
+    lengths = sorted(length for entry in entries if (length := duration(entry)))
+    if not lengths:
+        return usual
+    short = lengths[len(lengths) // 10]
+    rate = usual if short * usual >= frames else frames / short
+    # Rounded up, so that rounding never makes the clip longer than its source.
+    return min(240.0, math.ceil(rate * 1000) / 1000)
