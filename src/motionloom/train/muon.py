@@ -2,8 +2,7 @@
 
 Muon (Jordan et al. 2024; scaled as in Liu et al. 2025, 2502.16982, so that AdamW's learning rate and decay
 carry over) steps along the nearest orthogonal matrix to the momentum: every direction of a layer learns
-equally fast. In the quickstart it needs about two thirds of AdamW's steps for the same loss
-(``docs/log.md``).
+equally fast.
 """
 
 from __future__ import annotations
