@@ -24,6 +24,7 @@ from motionloom.nn.modulation import NoiseModulation, one_hot_levels, per_token
 from motionloom.nn.norms import HeadNorm
 from motionloom.nn.rope import SPACE, TIME, Rotary, rotary, rotate
 from motionloom.nn.windows import Windows, windows
+from motionloom.plans.lower import lower
 from motionloom.plans.stream import Attributes, Stream, Streams
 from motionloom.plans.visibility import Visibility, dense_mask
 
@@ -191,7 +192,7 @@ class Factorized(nn.Module):
             one_hot_BNK=one_hot_BNK,
             time_rotary=_time_rotary(video, head_dim),
             time_mask=prepare_mask(_time_mask(video, visibility)),
-            text_mask=prepare_mask(_text_mask(video, text, visibility)),
+            text_mask=lower(visibility, video.attributes, text.attributes, text.valid_BN),
         )
         spaces = [self._space(video, visibility, shifted, head_dim) for shifted in (False, True)]
         inputs = [
@@ -240,12 +241,6 @@ def _time_mask(video: Stream, visibility: Visibility) -> Tensor | None:
         return cells_BST[:, :1] if visibility.whole_frames else cells_BST
 
     return _grouped_mask(video, visibility, grouped)[:, :, None]
-
-
-def _text_mask(video: Stream, text: Stream, visibility: Visibility) -> Tensor | None:
-    """(B or 1, 1, N or 1, L)."""
-    mask_BNL = dense_mask(visibility, video.attributes, text.attributes, text.valid_BN)
-    return None if mask_BNL is None else mask_BNL[:, None]
 
 
 def _grouped_mask(video: Stream, visibility: Visibility, grouped: Callable[[Tensor], Tensor]) -> Tensor:

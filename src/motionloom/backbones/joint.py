@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 from motionloom.backbones.parts import Dropout, Entry, Exit, modulate, run_blocks
 from motionloom.config.recipe import ModelConfig
-from motionloom.nn.attention import attend, join_heads, prepare_mask, split_heads
+from motionloom.nn.attention import attend, join_heads, split_heads
 from motionloom.nn.init import fill, init_linears
 from motionloom.nn.mlp import MLP
 from motionloom.nn.modulation import NoiseModulation, one_hot_levels, per_token
 from motionloom.nn.norms import HeadNorm
 from motionloom.nn.rope import SPACE, TIME, Rotary, no_rotation, rotary, rotate
+from motionloom.plans.lower import lower
 from motionloom.plans.stream import Stream, Streams, join_attributes
-from motionloom.plans.visibility import Visibility, dense_mask
+from motionloom.plans.visibility import Visibility
 
 PARTS = 6
 """Shift, scale and gate of attention and of the feed-forward layer."""
@@ -124,13 +125,14 @@ class Joint(nn.Module):
         levels = video.sigma_BK.shape[1]
         text_BKPD, video_BKPD, exit_BKPD = self.noise(video.sigma_BK).split([PARTS, PARTS, 2], dim=2)
         video_one_hot_BNK = one_hot_levels(video.level_BN, levels, x_BND.dtype)
+        attributes = join_attributes([text.attributes, video.attributes])
         context = Context(
             text_modulation_BKPD=text_BKPD,
             video_modulation_BKPD=video_BKPD,
             text_one_hot_BLK=one_hot_levels(text.level_BN, levels, x_BND.dtype),
             video_one_hot_BNK=video_one_hot_BNK,
             rotary=_rotary(video, words, self.config.dim // self.config.num_heads),
-            mask=prepare_mask(_mask(text, video, visibility)),
+            mask=lower(visibility, attributes, attributes, _valid(text, video)),
         )
         x_BJD = torch.cat([text_BLD, x_BND], dim=1)
         inputs = [(words, context, self.dropout.draw(x_BJD, self.training)) for _ in self.layers]
@@ -147,13 +149,6 @@ def _rotary(video: Stream, words: int, head_dim: int) -> Rotary:
         for still, moved in zip(no_rotation(tables, words), tables, strict=True)
     )
     return cos, sin
-
-
-def _mask(text: Stream, video: Stream, visibility: Visibility) -> Tensor | None:
-    """(B or 1, 1, J or 1, J)."""
-    attributes = join_attributes([text.attributes, video.attributes])
-    mask_BJJ = dense_mask(visibility, attributes, attributes, _valid(text, video))
-    return None if mask_BJJ is None else mask_BJJ[:, None]
 
 
 def _valid(text: Stream, video: Stream) -> Tensor | None:

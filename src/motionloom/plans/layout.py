@@ -164,6 +164,7 @@ def _streams(layout: Layout, x_BTSC: Tensor, sigma_BK: Tensor, text: Text) -> St
         sigma_BK=sigma_BK,
         level_BN=per_token(layout.level_BT),
         position_BN3=_positions(layout),
+        cell_BN3=_cells(layout),
         scene_BN=per_token(geometry.scene_BF[:, layout.frame_T]),
         chunk_BN=per_token(layout.chunk_T[None]),
         context_BN=per_token(layout.context_T[None]),
@@ -178,6 +179,7 @@ def _streams(layout: Layout, x_BTSC: Tensor, sigma_BK: Tensor, text: Text) -> St
         sigma_BK=sigma_BK,
         level_BN=layout.text_level_BL,
         position_BN3=torch.zeros(1, length, 3, device=x_BTSC.device),
+        cell_BN3=torch.zeros(1, length, 3, dtype=torch.long, device=x_BTSC.device),
         scene_BN=text.scene_BL,
         chunk_BN=nothing_1L,
         context_BN=nothing_1L.bool(),
@@ -205,3 +207,11 @@ def _positions(layout: Layout) -> Tensor:
         dim=-1,
     )
     return position.flatten(1, 3).float()
+
+
+def _cells(layout: Layout) -> Tensor:
+    """(1, N, 3): (frame, row, column) of the clip that each token shows."""
+    _, rows, columns = layout.geometry.grid
+    device = layout.frame_T.device
+    places = (layout.frame_T, torch.arange(rows, device=device), torch.arange(columns, device=device))
+    return torch.cartesian_prod(*places).view(1, -1, 3)

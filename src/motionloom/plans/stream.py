@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MODALITIES = ("text", "video", "audio")
+MODALITIES = ("text", "video", "audio", "image")
 """Modality names; the index is the value of ``Attributes.modality_BN``."""
 
 
@@ -21,7 +21,7 @@ class Attributes:
     """All that a visibility may ask about a token. Each field has shape (B or 1, N).
 
     ``context_BN`` marks copies that stand in the sequence only to be looked at (the clean half of teacher
-    forcing, references); ``cell_BN3`` is the token's (frame, row, column) in its stream's grid.
+    forcing, references); ``cell_BN3`` is the token's (frame, row, column) in the clip.
     """
 
     modality_BN: Tensor
@@ -60,7 +60,10 @@ class Stream:
     level_BN: Tensor
     """Index of each token's level."""
     position_BN3: Tensor
-    """(seconds, pixels down, pixels right) of the token's centre, float32."""
+    """(seconds, pixels down, pixels right) of the token's centre, float32. Sound: seconds only, then 0, 0."""
+    cell_BN3: Tensor
+    """(frame, row, column) in the clip's grid of tokens, int64: copies of a frame share its cells, and the
+    chunks of a stream count on. Backbones that were trained on indices read these, the others positions."""
     scene_BN: Tensor
     """Shot that the token belongs to."""
     chunk_BN: Tensor
@@ -81,19 +84,12 @@ class Stream:
     @property
     def attributes(self) -> Attributes:
         """What a visibility may ask, (B or 1, N) each."""
-        frames, rows, columns = self.grid
-        device = self.x_BNC.device
-        cell_N3 = torch.cartesian_prod(
-            torch.arange(frames, device=device),
-            torch.arange(rows, device=device),
-            torch.arange(columns, device=device),
-        ).view(-1, 3)
-        modality = torch.full((1, cell_N3.shape[0]), MODALITIES.index(self.modality), device=device)
-        return Attributes(modality, self.scene_BN, self.chunk_BN, self.context_BN, cell_N3.unsqueeze(0))
+        modality = torch.full_like(self.scene_BN[:1], MODALITIES.index(self.modality))
+        return Attributes(modality, self.scene_BN, self.chunk_BN, self.context_BN, self.cell_BN3)
 
 
 Streams = Mapping[str, Stream]
-"""Streams by modality name, always with ``text`` and ``video``."""
+"""Streams by modality name: ``text``, and at least one of ``video`` and ``audio``."""
 
 
 def join_attributes(parts: list[Attributes]) -> Attributes:
