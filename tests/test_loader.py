@@ -150,6 +150,14 @@ def test_a_process_that_stops_in_the_middle_ends(cache: Cache) -> None:
     assert done.stderr == ""
 
 
+def test_examples_show_every_shape_that_training_will_see(cache: Cache) -> None:
+    loader = Loader(cache, bucketed())
+    examples = loader.examples()
+    shapes = {name: tuple(batch.latents_BFHWC.shape) for name, batch in examples.items()}
+    assert set(shapes) == {row.shape for row in loader.report()}
+    assert {tuple(batch.latents_BFHWC.shape) for batch in take(loader, 40)} == set(shapes.values())
+
+
 def test_ranks_share_each_batch(cache: Cache) -> None:
     together = take(Loader(cache, bucketed(train={"batch_size": 4})), 30)
     parts = [take(Loader(cache, bucketed(train={"batch_size": 2}), rank, 2), 30) for rank in (0, 1)]

@@ -184,6 +184,23 @@ def test_what_is_not_finite_never_reaches_the_weights(tmp_path: Path, kind: str)
         assert tensor.isfinite().all()
 
 
+def test_a_warm_up_changes_nothing_and_says_what_it_cost(tmp_path: Path) -> None:
+    """With and without compiled blocks: the same weights and figures; one graph per shape, before step 1."""
+    runs, listener = {}, Listener()
+    for compiled in (False, True):
+        method = Regression()
+        if compiled:
+            method.net.compile(backend="eager")
+        recipe = toy_recipe(compile=compiled, max_steps=4)
+        toy_trainer(recipe, tmp_path / str(compiled), method=method, reporter=listener).fit()
+        lines = [(line["loss"], line["grad_norm"]) for line in metrics(tmp_path / str(compiled))]
+        runs[compiled] = (method.net.weight.tolist(), lines)
+    assert runs[True] == runs[False]
+    (note,) = [line for line in listener.notes if "warm-up" in line]
+    assert "graphs compiled for 1 shapes" in note
+    assert "toy" in note
+
+
 def test_late_guard_holds_back_the_steps_that_it_has_not_yet_read() -> None:
     """As on an accelerator: the host reads a step late, and the optimiser obeys the device meanwhile."""
     net = nn.Linear(3, 1)

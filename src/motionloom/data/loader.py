@@ -6,6 +6,7 @@ Shapes: B batch, F latent frames, h x w latent cells, S scenes, L text tokens of
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import sys
 from collections.abc import Iterator, Sequence
@@ -137,6 +138,18 @@ class Loader:
             text=self._captions.embed(captions),
             empty_text=self._captions.empty(max(map(len, captions))),
         )
+
+    def examples(self) -> dict[str, Batch]:
+        """A training batch of every bucket, by the bucket's name."""
+        assert self._split == "train"
+        found: dict[str, Batch] = {}
+        for n in itertools.count():
+            name, _ = self._order.batch(n)
+            if name not in found:
+                found[name] = self.batch(n)
+            if len(found) == len(self._rows):
+                return found
+        raise AssertionError("every bucket has its turn")
 
     def report(self) -> list[BucketReport]:
         """What becomes of every clip, bucket by bucket; to be shown before the first step."""

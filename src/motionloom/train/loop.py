@@ -31,6 +31,7 @@ from motionloom.train.signals import StopWish, listening
 from motionloom.train.snapshot import Snapshots, start_from
 from motionloom.train.state import Identity, TrainState
 from motionloom.train.stepper import Stepper
+from motionloom.train.warm_up import warm_up
 
 Weights = Callable[[], AbstractContextManager[None]]
 OnSample = Callable[[int, Weights, Weights | None], None]
@@ -113,6 +114,7 @@ class Trainer:
         self._writer = Writer(self._run_dir, self.state.step) if self._ranks.is_main else None
         try:
             with listening() as wish:
+                self._warm_up()
                 reason = self._loop(wish)
         except NotFinite as error:
             raise NotFinite(f"{error}; {self._last_good()}") from error
@@ -139,6 +141,17 @@ class Trainer:
             self._after_step(reason)
             if reason is not None:
                 return reason
+
+    def _warm_up(self) -> None:
+        """Compile for every shape before the first step; the time counts as a pause."""
+        if not self._config.compile or self.state.step >= self._config.max_steps:
+            return
+        self._train_mode(True)
+        device = self._ranks.device
+        examples = {name: batch.to(device) for name, batch in self._loader.examples().items()}
+        with self._clock.pause():
+            if line := warm_up(self._stepper, self.state.step, examples):
+                self._reporter.note(line)
 
     def _one_step(self, micro_batches: Iterator[Batch], stop: int) -> None:
         count = self._config.grad_accum_steps

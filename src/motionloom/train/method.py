@@ -92,6 +92,10 @@ class Loader(Protocol):
         """
         ...
 
+    def examples(self) -> Mapping[str, Batch]:
+        """A micro-batch of every shape that will come, by the shape's name; what a warm-up compiles for."""
+        ...
+
 
 class HeldOut(Protocol):
     """Clips that training never sees; one rank's part, equally many batches on every rank."""

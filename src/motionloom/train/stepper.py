@@ -69,7 +69,14 @@ class Stepper:
                 optimizer.zero_grad(set_to_none=True)
             self._running.add(_name("grad_norm", turn, self._optimizers), norm)
 
-    def _backward(self, step: int, turn: str, micro_batches: Sequence[Batch]) -> Tensor:
+    def rehearse(self, step: int, batch: Batch) -> None:
+        """Forward and backward of every turn of ``step``; no gradient and no figure is kept."""
+        for turn in self._method.turns(step):
+            self._backward(step, turn, [batch], record=False)
+            for optimizer in self._optimizers.values():
+                optimizer.zero_grad(set_to_none=True)
+
+    def _backward(self, step: int, turn: str, micro_batches: Sequence[Batch], record: bool = True) -> Tensor:
         """Gradients of the mean loss over micro-batches and ranks; returns this rank's part of it."""
         gradients, parts = self._gradients[turn], []
         for micro, batch in enumerate(micro_batches):
@@ -83,7 +90,8 @@ class Stepper:
                     part = losses.loss_B.mean() / len(micro_batches)
                 part.backward()
             parts.append(part.detach())
-            self._record(losses, turn)
+            if record:
+                self._record(losses, turn)
         return torch.stack(parts).sum()
 
     def _record(self, losses: Losses, turn: str) -> None:
