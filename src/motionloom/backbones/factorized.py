@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from motionloom.backbones.parts import Dropout, Entry, Exit, modulate, run_blocks
 from motionloom.config.recipe import ModelConfig
-from motionloom.nn.attention import attend, join_heads, prepare_mask, split_heads
+from motionloom.nn.attention import Pattern, attend, join_heads, prepare_mask, split_heads
 from motionloom.nn.init import fill, init_linears
 from motionloom.nn.mlp import MLP
 from motionloom.nn.modulation import NoiseModulation, one_hot_levels, per_token
@@ -52,8 +52,8 @@ class Context(NamedTuple):
     """(B or 1, T, 1, 1, D/H)."""
     time_mask: Tensor | None
     """Broadcastable to (B, S, H, T, T), prepared."""
-    text_mask: Tensor | None
-    """Broadcastable to (B, H, N, L), prepared."""
+    text_mask: Pattern | Tensor | None
+    """Who sees which words, lowered: (B, H, N, L)."""
 
 
 class SelfAttention(nn.Module):
@@ -85,7 +85,7 @@ class CrossAttention(nn.Module):
         self.norm = HeadNorm(dim // heads)
         self.out = nn.Linear(dim, dim, bias=False)
 
-    def forward(self, x_BND: Tensor, text_BLD: Tensor, mask: Tensor | None) -> Tensor:
+    def forward(self, x_BND: Tensor, text_BLD: Tensor, mask: Pattern | Tensor | None) -> Tensor:
         (q,) = split_heads(self.q(x_BND), 1, self.heads)
         k, v = split_heads(self.kv(text_BLD), 2, self.heads)
         q, k = (t.to(v.dtype) for t in self.norm(q, k))

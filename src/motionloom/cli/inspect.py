@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from motionloom.cli.console import Out
 from motionloom.errors import UserError
+
+if TYPE_CHECKING:
+    from motionloom.config.recipe import Recipe
 
 
 def run(what: str, overrides: list[str], sheet: Path | None, as_json: bool) -> None:
@@ -24,11 +27,12 @@ def run(what: str, overrides: list[str], sheet: Path | None, as_json: bool) -> N
         answer = _cache(path, sheet or path.parent / f"{path.name}_sheet.png")
     else:
         answer = _checkpoint(path)
-    console.result(answer, _lines({k: v for k, v in answer.items() if k != "buckets"}))
+    console.result(answer, _lines({k: v for k, v in answer.items() if k not in ("buckets", "attention")}))
     if isinstance(answer["buckets"], list):
         heads = list(answer["buckets"][0])
         rows = [[_short(row[head]) for head in heads] for row in answer["buckets"]]
         console.table("", [head.replace("_", " ") for head in heads], rows)
+        _show_attention(console, answer["attention"])
     else:
         console.table("", ["bucket", "clips"], [[k, str(v)] for k, v in answer["buckets"].items()])
 
@@ -49,7 +53,9 @@ def _checkpoint(path: Path) -> dict[str, Any]:
     from motionloom.train import checkpoint
 
     saved = checkpoint.load(path)
-    return inspect_model(load_model(saved.folder, device="cpu"), saved.step, str(saved.folder))
+    model = load_model(saved.folder, device="cpu", shapes_only=True)
+    answer = inspect_model(model, saved.step, str(saved.folder))
+    return {**answer, "attention": _attention(model.recipe, answer, model.predictor.backbone)}
 
 
 def _recipe(name: str, overrides: list[str]) -> dict[str, Any]:
@@ -58,14 +64,40 @@ def _recipe(name: str, overrides: list[str]) -> dict[str, Any]:
     from motionloom.cli.assemble import new_backbone, recipe_spec, text_encoder_for
     from motionloom.config import load_recipe_with_notes
     from motionloom.evals.inspection import inspect_recipe
+    from motionloom.rng import torch_generator
+    from motionloom.train.lora import add_lora
 
     recipe, notes = load_recipe_with_notes(name, overrides)
     spec = recipe_spec(recipe)
     text_encoder = text_encoder_for(recipe)
-    modules: dict[str, nn.Module] = {"backbone": new_backbone(recipe, spec, text_encoder.dim)}
+    backbone = new_backbone(recipe, spec, text_encoder.dim, device="meta")
+    if recipe.lora.enabled:
+        add_lora(backbone, recipe.lora, torch_generator(recipe.seed, "lora"))
+    modules: dict[str, nn.Module] = {"backbone": backbone}
     if isinstance(text_encoder, nn.Module):
         modules["text_encoder"] = text_encoder
-    return {**inspect_recipe(recipe, spec, modules), "notes": notes}
+    answer = inspect_recipe(recipe, spec, modules)
+    return {**answer, "attention": _attention(recipe, answer, backbone), "notes": notes}
+
+
+def _attention(recipe: Recipe, answer: Mapping[str, Any], backbone: Any) -> list[dict[str, Any]]:
+    """At the largest of the recipe's sizes."""
+    from motionloom.cli.assemble import build_plan
+    from motionloom.evals.attention import attention_rows
+
+    largest = max(answer["buckets"], key=lambda bucket: bucket["tokens"])
+    frames, rows, columns = (n // p for n, p in zip(largest["latent"][:3], recipe.model.patch, strict=True))
+    return attention_rows(recipe, build_plan(recipe), (frames, rows, columns), backbone)
+
+
+def _show_attention(console: Out, rows: list[dict[str, Any]]) -> None:
+    heads = ["attention", "queries", "keys", "seen", "gflop", "way"]
+    cells = []
+    for row in rows:
+        tried = [f"{way} {ms:.3g} ms" for way, ms in row["milliseconds"].items()]
+        heads_tried = f" ({row['heads_measured']} heads: {', '.join(tried)})" if tried else ""
+        cells.append([*(_short(row[head]) for head in heads[:-1]), row["way"] + heads_tried])
+    console.table("", heads, cells)
 
 
 def _lines(answer: Mapping[str, Any]) -> list[str]:

@@ -39,6 +39,8 @@ CAPTIONS = (
     "a small red circle moves left on a dark background",
     "two large green cats sleep under the very light tree",
 )
+OF_SOUND = ("audio", ".av_", "a2v", "v2a")
+"""In the names of parameters that are idle without a stream of sound (the doctor looks at pictures alone)."""
 TEXT_CHECKS = ("text encoder", "text mask", "text")
 
 
@@ -176,15 +178,17 @@ class Doctor:
         if self.geometry.grid[0] < 2:
             return Finding("time", "skipped", "there is one frame")
         slower = replace(self.geometry, seconds_BF=2 * self.geometry.seconds_BF)
-        change = self._change(self._answer(geometry=slower))
-        return _must_matter("time", change, "a token's time", "use the seconds of Stream.position_BN3")
+        change = self._change(self._answer(geometry=slower, apart=(2, 1, 1)))
+        mend = "use the seconds of Stream.position_BN3, or the frames of Stream.cell_BN3"
+        return _must_matter("time", change, "a token's time", mend)
 
     def space_matters(self) -> Finding:
         """The same cells at twice the distance give another output."""
         down, right = self.geometry.pixels_per_cell
         wider = replace(self.geometry, pixels_per_cell=(2 * down, 2 * right))
-        change = self._change(self._answer(geometry=wider))
-        return _must_matter("space", change, "a token's place", "use the pixels of Stream.position_BN3")
+        change = self._change(self._answer(geometry=wider, apart=(1, 2, 2)))
+        mend = "use the pixels of Stream.position_BN3, or the rows and columns of Stream.cell_BN3"
+        return _must_matter("space", change, "a token's place", mend)
 
     def given_matters(self) -> Finding:
         """A given frame changes what is made of the others."""
@@ -249,6 +253,9 @@ class Doctor:
             for path, parameter in module.named_parameters()
         }
         dead = self._without_gradient(named)
+        # A published network of sound and pictures trains as well where there is no sound: half of it rests.
+        resting = [name for name in dead if any(mark in name for mark in OF_SOUND)]
+        dead = [name for name in dead if name not in resting]
         if dead:
             shown = ", ".join(dead[:3]) + (f" and {len(dead) - 3} more" if len(dead) > 3 else "")
             mend = "let them take part in the output, or remove them"
@@ -256,7 +263,8 @@ class Doctor:
                 mend = f"set requires_grad on them ({len(frozen)} are frozen), or do not call them trained"
             seen = f"{len(dead)} of {len(named)} parameters get none: {shown}"
             return Finding("gradients", "wrong", seen, mend)
-        return Finding("gradients", "ok", f"reach all {len(named)} parameters")
+        rest = f"; {len(resting)} are for sound, of which there is none" if resting else ""
+        return Finding("gradients", "ok", f"reach all {len(named) - len(resting)} parameters{rest}")
 
     def _without_gradient(self, named: dict[str, nn.Parameter]) -> list[str]:
         """Names of the parameters that the output's size does not depend on."""
@@ -360,13 +368,19 @@ class Doctor:
         text: Text | None = None,
         given: Given | None = None,
         geometry: Geometry | None = None,
+        apart: tuple[int, int, int] = (1, 1, 1),
     ) -> Tensor:
-        """The network's answer for the clip (B, F, S, C), with what is asked for otherwise."""
+        """The network's answer for the clip (B, F, S, C), with what is asked for otherwise.
+
+        Args:
+            apart: how many cells (frames, rows, columns) lie from one token to the next.
+        """
         text = self.text if text is None else text
         layout = self._layout(text, given, geometry)
-        return read_video(
-            layout, self._predict(layout, self._streams(layout, self.x_BFSC, sigma, text, given))
-        )
+        streams = self._streams(layout, self.x_BFSC, sigma, text, given)
+        video = streams["video"]
+        cells = replace(video, cell_BN3=video.cell_BN3 * torch.tensor(apart, device=video.cell_BN3.device))
+        return read_video(layout, self._predict(layout, {**streams, "video": cells}))
 
     def _noise_where(self, where_BL1: Tensor) -> Text:
         """The caption with noise in the place of some embeddings."""

@@ -53,16 +53,44 @@ def bucket_rows(recipe: Recipe, spec: TokenizerSpec) -> list[dict[str, Any]]:
     return rows
 
 
-def memory(recipe: Recipe, total_parameters: int, most_tokens: int, text_tokens: int) -> dict[str, float]:
-    """GiB that a training step needs, by part."""
-    width, bytes_per = recipe.model.dim, 2 if recipe.train.precision == "bf16" else 4
+def extent(recipe: Recipe, backbone: Any) -> tuple[int, int]:
+    """(width, blocks) of a backbone."""
+    if recipe.model.imported:
+        return int(backbone.sizes.dim), len(backbone.blocks())
+    return recipe.model.dim, recipe.model.depth
+
+
+def frozen_by_lora(recipe: Recipe, modules: Mapping[str, nn.Module]) -> int:
+    """How many parameters stay as they are: with LoRA all but the adapters, else none."""
+    if not recipe.lora.enabled:
+        return 0
+    names = ((name, p) for module in modules.values() for name, p in module.named_parameters())
+    return sum(p.numel() for name, p in names if ".lora_" not in name)
+
+
+def memory(
+    recipe: Recipe,
+    total_parameters: int,
+    most_tokens: int,
+    text_tokens: int,
+    backbone: Any = None,
+    frozen: int = 0,
+) -> dict[str, float]:
+    """GiB that a training step needs, by part; a published ``backbone`` knows its own width and depth.
+
+    Args:
+        frozen: how many of the parameters are not trained.
+    """
+    width, depth = extent(recipe, backbone)
+    bytes_per = 2 if recipe.train.precision == "bf16" else 4
     tokens = recipe.train.batch_size * (most_tokens + text_tokens)
-    blocks = 2 if recipe.model.checkpoint_blocks else recipe.model.depth
+    blocks = 2 if recipe.model.checkpoint_blocks else depth
+    trained = total_parameters - frozen
     parts = {
-        "weights": 4 * total_parameters / GIB,
-        "gradients": 4 * total_parameters / GIB,
-        "optimiser": 8 * total_parameters / GIB,
-        "ema": 4 * total_parameters / GIB if recipe.ema.enabled else 0.0,
+        "weights": (4 * trained + bytes_per * frozen) / GIB,
+        "gradients": 4 * trained / GIB,
+        "optimiser": 8 * trained / GIB,
+        "ema": 4 * trained / GIB if recipe.ema.enabled else 0.0,
         "activations": tokens * blocks * KEPT_PER_BLOCK * width * bytes_per / GIB,
     }
     return {**parts, "total": sum(parts.values())}
@@ -73,15 +101,19 @@ def inspect_recipe(recipe: Recipe, spec: TokenizerSpec, modules: Mapping[str, nn
     rows = bucket_rows(recipe, spec)
     counts = parameters(modules)
     most = max(row["tokens"] for row in rows)
+    frozen = frozen_by_lora(recipe, modules)
+    adapters = {"trained": counts["total"] - frozen} if recipe.lora.enabled else {}
     return {
         "kind": "recipe",
         "plan": recipe.plan.type,
         "backbone": recipe.model.type,
-        "parameters": counts,
+        "parameters": {**counts, **adapters},
         "buckets": rows,
         "text_tokens": recipe.text_encoder.max_length,
         "tokens_per_step": recipe.train.batch_size * recipe.train.grad_accum_steps * most,
-        "memory_gib": memory(recipe, counts["total"], most, recipe.text_encoder.max_length),
+        "memory_gib": memory(
+            recipe, counts["total"], most, recipe.text_encoder.max_length, modules["backbone"], frozen
+        ),
     }
 
 

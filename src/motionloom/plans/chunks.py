@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from motionloom.plans.layout import CLEAN, Geometry, Layout, Text
-from motionloom.plans.visibility import CausalChunks, TeacherForcing, Visibility
+from motionloom.plans.visibility import CausalChunks, TeacherForcing, Visibility, full
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,25 @@ class Chunks:
         """Chunk after chunk, each from the clean past: what a stream does."""
         ends = [*range(int(self.first_alone) or self.frames, geometry.grid[0], self.frames), geometry.grid[0]]
         return [slice(begin, end) for begin, end in pairwise([0, *ends])]
+
+    def stage_layout(self, geometry: Geometry, given_BF: Tensor | None) -> Layout:
+        """One chunk alone. Whatever the forcing was in training, generation is the same: a noisy chunk and
+        its clean past. Nothing is hidden, since the cache holds no chunk that this one may not see."""
+        frame_F = torch.arange(geometry.grid[0], device=geometry.device)
+        draws: tuple[int, ...] = (0,) if given_BF is None else (CLEAN, 0)
+        if given_BF is None:
+            given_BF = torch.zeros_like(frame_F[None], dtype=torch.bool)
+        return Layout(
+            geometry=geometry,
+            visibility=full,
+            draws=draws,
+            frame_T=frame_F,
+            context_T=torch.zeros_like(frame_F).bool(),
+            given_BT=given_BF,
+            level_BT=torch.where(given_BF, 0, len(draws) - 1),
+            chunk_T=self.chunk_of(geometry.begin + geometry.grid[0], geometry.device)[geometry.begin :],
+            text_level_BL=None,
+        )
 
     def layout(self, geometry: Geometry, text: Text, given_BF: Tensor) -> Layout:
         frame_F = torch.arange(geometry.grid[0], device=geometry.device)

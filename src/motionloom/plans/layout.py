@@ -11,8 +11,8 @@ frames as context), N = T x rows x columns tokens, C channels of a token, K nois
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -37,6 +37,26 @@ class Geometry:
     scene_BF: Tensor
     """Shot of each token frame, int64, (B or 1, F)."""
     batch: int
+    begin: int = 0
+    """Index of the first frame in its stream: cells count on from here."""
+    first_BF: Tensor | None = None
+    """True in the first frame of each scene; None: the scenes are whole, so it can be seen from them."""
+
+    def part(self, frames: slice) -> Geometry:
+        """Of some of the frames alone, where they stand."""
+        begin, end, _ = frames.indices(self.grid[0])
+        first_BF = self.first_BF
+        if first_BF is None:
+            same_BFF = self.scene_BF[:, :, None] == self.scene_BF[:, None]
+            first_BF = ~same_BFF.tril(-1).any(dim=2)
+        return replace(
+            self,
+            grid=(end - begin, *self.grid[1:]),
+            seconds_BF=self.seconds_BF[:, frames],
+            scene_BF=self.scene_BF[:, frames],
+            begin=self.begin + begin,
+            first_BF=first_BF[:, frames],
+        )
 
     @property
     def device(self) -> torch.device:
@@ -69,8 +89,8 @@ class Layout:
     """True where the clean latents go in and nothing is learned."""
     level_BT: Tensor
     chunk_T: Tensor
-    text_level_BL: Tensor
-    """Noise level that modulates each text token."""
+    text_level_BL: Tensor | None
+    """Noise level that modulates each text token. None: text has a level of its own, which is clean."""
 
     @property
     def num_draws(self) -> int:
@@ -101,6 +121,30 @@ class Plan(Protocol):
 
     def layout(self, geometry: Geometry, text: Text, given_BF: Tensor) -> Layout:
         """Where every token stands when the frames ``given_BF`` are given."""
+        ...
+
+
+@runtime_checkable
+class StreamedPlan(Plan, Protocol):
+    """A plan whose stages can be made one at a time, their past in a cache (``nn.cache.KVCache``)."""
+
+    @property
+    def window(self) -> int | None:
+        """How many stages are visible, the present one included; None: all."""
+        ...
+
+    @property
+    def sinks(self) -> int:
+        """How many of the first stages stay visible."""
+        ...
+
+    def stage_layout(self, geometry: Geometry, given_BF: Tensor | None) -> Layout:
+        """Where the tokens of one stage stand; its past, and no more than it may see, comes from a cache.
+
+        Args:
+            geometry: the stage's part of the clip's.
+            given_BF: which of the stage's frames are given; None: none of them, so all share one noise level.
+        """
         ...
 
 
@@ -169,15 +213,17 @@ def _streams(layout: Layout, x_BTSC: Tensor, sigma_BK: Tensor, text: Text) -> St
         chunk_BN=per_token(layout.chunk_T[None]),
         context_BN=per_token(layout.context_T[None]),
         loss_BN=per_token((~silent).float()),
+        first_BN=None if geometry.first_BF is None else per_token(geometry.first_BF[:, layout.frame_T]),
     )
     length = text.x_BLC.shape[1]
     nothing_1L = torch.zeros(1, length, dtype=torch.long, device=x_BTSC.device)
+    own_level = layout.text_level_BL is None
     words = Stream(
         modality="text",
         grid=(1, 1, length),
         x_BNC=text.x_BLC,
-        sigma_BK=sigma_BK,
-        level_BN=layout.text_level_BL,
+        sigma_BK=torch.zeros_like(sigma_BK[:, :1]) if own_level else sigma_BK,
+        level_BN=nothing_1L if layout.text_level_BL is None else layout.text_level_BL,
         position_BN3=torch.zeros(1, length, 3, device=x_BTSC.device),
         cell_BN3=torch.zeros(1, length, 3, dtype=torch.long, device=x_BTSC.device),
         scene_BN=text.scene_BL,
@@ -213,5 +259,6 @@ def _cells(layout: Layout) -> Tensor:
     """(1, N, 3): (frame, row, column) of the clip that each token shows."""
     _, rows, columns = layout.geometry.grid
     device = layout.frame_T.device
-    places = (layout.frame_T, torch.arange(rows, device=device), torch.arange(columns, device=device))
+    frame_T = layout.frame_T + layout.geometry.begin
+    places = (frame_T, torch.arange(rows, device=device), torch.arange(columns, device=device))
     return torch.cartesian_prod(*places).view(1, -1, 3)

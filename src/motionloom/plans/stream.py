@@ -21,7 +21,8 @@ class Attributes:
     """All that a visibility may ask about a token. Each field has shape (B or 1, N).
 
     ``context_BN`` marks copies that stand in the sequence only to be looked at (the clean half of teacher
-    forcing, references); ``cell_BN3`` is the token's (frame, row, column) in the clip.
+    forcing, references); ``cell_BN3`` is the token's (frame, row, column) in the clip; ``first_BN`` is True
+    in the first frame of each scene; ``sample_BN`` tells samples that are packed into one row apart.
     """
 
     modality_BN: Tensor
@@ -29,6 +30,8 @@ class Attributes:
     chunk_BN: Tensor
     context_BN: Tensor
     cell_BN3: Tensor
+    first_BN: Tensor
+    sample_BN: Tensor
 
     def queries(self) -> Attributes:
         """The same attributes shaped (B, N, 1), to stand against keys."""
@@ -74,6 +77,13 @@ class Stream:
     """Weight in the loss; 0 for context and given tokens."""
     valid_BN: Tensor | None = None
     """False for padding; None when nothing is padded."""
+    extra_BNC: Tensor | None = None
+    """Channels that a backbone reads beside the latents, patchified like them: a mask and the latents of a
+    given image, for instance. They are neither noised nor answered."""
+    first_BN: Tensor | None = None
+    """True in the first frame of each scene. None: found from ``grid``, in a stream of whole scenes."""
+    sample_BN: Tensor | None = None
+    """Which of the samples packed into one row it belongs to, see ``packing.py``. None: there is one."""
 
     @property
     def sigma_BN(self) -> Tensor:
@@ -84,8 +94,27 @@ class Stream:
     @property
     def attributes(self) -> Attributes:
         """What a visibility may ask, (B or 1, N) each."""
-        modality = torch.full_like(self.scene_BN[:1], MODALITIES.index(self.modality))
-        return Attributes(modality, self.scene_BN, self.chunk_BN, self.context_BN, self.cell_BN3)
+        nothing_1N = torch.zeros_like(self.scene_BN[:1])
+        return Attributes(
+            modality_BN=torch.full_like(nothing_1N, MODALITIES.index(self.modality)),
+            scene_BN=self.scene_BN,
+            chunk_BN=self.chunk_BN,
+            context_BN=self.context_BN,
+            cell_BN3=self.cell_BN3,
+            first_BN=self._first() if self.first_BN is None else self.first_BN,
+            sample_BN=nothing_1N if self.sample_BN is None else self.sample_BN,
+        )
+
+    def _first(self) -> Tensor:
+        """(B or 1, N): whether no earlier frame of the token's scene is in the stream."""
+        frames = self.grid[0]
+
+        def per_frame(t_BN: Tensor) -> Tensor:
+            return t_BN.unflatten(1, (frames, -1))[:, :, 0]
+
+        scene_BT, frame_BT = per_frame(self.scene_BN), per_frame(self.cell_BN3[..., 0])
+        earlier_BTT = (scene_BT[:, :, None] == scene_BT[:, None]) & (frame_BT[:, None] < frame_BT[:, :, None])
+        return (~earlier_BTT.any(dim=2)).repeat_interleave(self.scene_BN.shape[1] // frames, dim=1)
 
 
 Streams = Mapping[str, Stream]

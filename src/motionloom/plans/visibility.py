@@ -17,6 +17,7 @@ from torch import Tensor
 from motionloom.plans.stream import MODALITIES, Attributes
 
 TEXT, VIDEO = MODALITIES.index("text"), MODALITIES.index("video")
+_FLAT = ("modality_BN", "scene_BN", "chunk_BN", "context_BN", "first_BN", "sample_BN")
 
 
 class Visibility(ABC):
@@ -25,6 +26,14 @@ class Visibility(ABC):
     @abstractmethod
     def allows(self, q: Attributes, k: Attributes) -> Tensor:
         """True where the query may see the key; ``q`` is shaped (B, Q, 1), ``k`` (B, 1, K) -> (B, Q, K)."""
+
+    def labels(self, a: Attributes) -> tuple[Tensor, ...]:
+        """All that ``allows`` reads of a token, (B or 1, N) integers or booleans each.
+
+        Tokens with equal labels see, and are seen by, the same tokens: what makes fast ways possible. The
+        fewer tokens differ, the faster.
+        """
+        return (*(getattr(a, name) for name in _FLAT), *a.cell_BN3.unbind(-1))
 
     @property
     def unrestricted(self) -> bool:
@@ -56,6 +65,9 @@ class Both(Visibility):
     def allows(self, q: Attributes, k: Attributes) -> Tensor:
         return self.a.allows(q, k) & self.b.allows(q, k)
 
+    def labels(self, a: Attributes) -> tuple[Tensor, ...]:
+        return (*self.a.labels(a), *self.b.labels(a))
+
     @property
     def unrestricted(self) -> bool:
         return self.a.unrestricted and self.b.unrestricted
@@ -75,6 +87,9 @@ class Either(Visibility):
     def allows(self, q: Attributes, k: Attributes) -> Tensor:
         return self.a.allows(q, k) | self.b.allows(q, k)
 
+    def labels(self, a: Attributes) -> tuple[Tensor, ...]:
+        return (*self.a.labels(a), *self.b.labels(a))
+
     @property
     def unrestricted(self) -> bool:
         return self.a.unrestricted or self.b.unrestricted
@@ -91,6 +106,9 @@ class Full(Visibility):
     def allows(self, q: Attributes, k: Attributes) -> Tensor:
         return torch.ones_like(q.scene_BN == k.scene_BN)
 
+    def labels(self, a: Attributes) -> tuple[Tensor, ...]:
+        return ()
+
     @property
     def unrestricted(self) -> bool:
         return True
@@ -103,6 +121,20 @@ class SameScene(Visibility):
     def allows(self, q: Attributes, k: Attributes) -> Tensor:
         return q.scene_BN == k.scene_BN
 
+    def labels(self, a: Attributes) -> tuple[Tensor, ...]:
+        return (a.scene_BN,)
+
+
+@dataclass(frozen=True)
+class SameSample(Visibility):
+    """Tokens of one sample of a packed row see each other and nothing else: see ``packing.py``."""
+
+    def allows(self, q: Attributes, k: Attributes) -> Tensor:
+        return q.sample_BN == k.sample_BN
+
+    def labels(self, a: Attributes) -> tuple[Tensor, ...]:
+        return (a.sample_BN,)
+
 
 @dataclass(frozen=True)
 class BothVideo(Visibility):
@@ -110,6 +142,25 @@ class BothVideo(Visibility):
 
     def allows(self, q: Attributes, k: Attributes) -> Tensor:
         return (q.modality_BN != TEXT) & (k.modality_BN != TEXT)
+
+    def labels(self, a: Attributes) -> tuple[Tensor, ...]:
+        return (a.modality_BN == TEXT,)
+
+
+@dataclass(frozen=True)
+class SceneSummaries(Visibility):
+    """Every token sees its own scene, its text included; video also sees the first latent frame of each other
+    scene, a summary of it (HoloCine, arXiv 2510.20822). Text of other scenes is hidden, as in mask 1.
+
+    The work grows with the sum of the squares of the scenes' lengths and not with the square of their sum.
+    """
+
+    def allows(self, q: Attributes, k: Attributes) -> Tensor:
+        summary = (q.modality_BN != TEXT) & (k.modality_BN != TEXT) & k.first_BN
+        return (q.scene_BN == k.scene_BN) | summary
+
+    def labels(self, a: Attributes) -> tuple[Tensor, ...]:
+        return a.scene_BN, a.modality_BN == TEXT, a.first_BN
 
 
 @dataclass(frozen=True)
@@ -127,6 +178,9 @@ class CausalChunks(Visibility):
 
     def allows(self, q: Attributes, k: Attributes) -> Tensor:
         return _text_rule(q, k, self._in_time(q, k))
+
+    def labels(self, a: Attributes) -> tuple[Tensor, ...]:
+        return a.modality_BN == TEXT, a.chunk_BN
 
     def _in_time(self, q: Attributes, k: Attributes) -> Tensor:
         seen = k.chunk_BN <= q.chunk_BN
@@ -154,6 +208,9 @@ class TeacherForcing(Visibility):
         noisy_rule = (k.context_BN & near & ~own) | (~k.context_BN & own)
         return _text_rule(q, k, torch.where(q.context_BN, clean_rule, noisy_rule))
 
+    def labels(self, a: Attributes) -> tuple[Tensor, ...]:
+        return a.modality_BN == TEXT, a.chunk_BN, a.context_BN
+
 
 @dataclass(frozen=True)
 class SpatialWindow(Visibility):
@@ -163,10 +220,16 @@ class SpatialWindow(Visibility):
     shift: int = 0
 
     def allows(self, q: Attributes, k: Attributes) -> Tensor:
-        q_window = (q.cell_BN3[..., 1:] + self.shift) // self.size
-        k_window = (k.cell_BN3[..., 1:] + self.shift) // self.size
-        text = (q.modality_BN == TEXT) | (k.modality_BN == TEXT)
-        return text | (q_window == k_window).all(-1)
+        same = self._window(q) == self._window(k)
+        return (q.modality_BN == TEXT) | (k.modality_BN == TEXT) | same.all(-1)
+
+    def labels(self, a: Attributes) -> tuple[Tensor, ...]:
+        # One label for all text: its cells mean nothing.
+        text = a.modality_BN == TEXT
+        return text, *torch.where(text[..., None], 0, self._window(a)).unbind(-1)
+
+    def _window(self, a: Attributes) -> Tensor:
+        return (a.cell_BN3[..., 1:] + self.shift) // self.size
 
     @property
     def whole_frames(self) -> bool:
@@ -182,6 +245,9 @@ full = Full()
 same_scene = SameScene()
 same_scene_or_both_video = SameScene() | BothVideo()
 """Mask 1 of Mask2DiT (arXiv 2503.19881): text_i with text_i and video_i, all video with all video."""
+
+
+scene_summaries = SceneSummaries()
 
 
 def causal_chunks(window: int | None = None, sinks: int = 0) -> Visibility:

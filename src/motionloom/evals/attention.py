@@ -1,0 +1,115 @@
+"""How the attention of a recipe will be computed: the ways, how long each takes here, and what is left to do.
+
+One clip of the recipe's largest size is laid out by its plan, as training would. Shapes as in
+``plans/layout.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from motionloom.config.recipe import Recipe
+from motionloom.nn.attention import CHOICES, Pattern
+from motionloom.nn.attention.dispatch import problem, trial, ways
+from motionloom.plans import Geometry, Plan, Text, join_attributes, to_streams
+from motionloom.plans.lower import lower
+
+JOINT = ("joint", "cogvideox")
+"""Backbones in which words and video share one attention."""
+SCENES = 3
+"""Scenes of the clip, where a plan has scenes."""
+AFFORDABLE_FLOPS = 4e9
+"""A forward pass of more is measured on fewer heads, or not at all."""
+
+
+def attention_rows(
+    recipe: Recipe, plan: Plan, grid: tuple[int, int, int], backbone: nn.Module
+) -> list[dict[str, Any]]:
+    """One row for each kind of attention of the backbone.
+
+    Args:
+        grid: (frames, rows, columns) of tokens.
+
+    Returns:
+        ``queries``, ``keys``, the share of pairs ``seen``, ``gflop`` of the forward pass over the seen pairs
+        with all heads and one sample, the ``way`` taken, and ``milliseconds`` of each way with
+        ``heads_measured`` heads, the backward pass included.
+    """
+    with torch.random.fork_rng(devices=[]):
+        streams, visibility = _clip(recipe, plan, grid)
+    text, video = streams["text"].attributes, streams["video"].attributes
+    if recipe.model.type in JOINT:
+        both = join_attributes([text, video])
+        pairs = {"text and video": (both, both)}
+    else:
+        pairs = {"self": (video, video), "text": (video, text)}
+    if recipe.model.type == "factorized":
+        # Space and time are attended to in small groups, always by reshape.
+        del pairs["self"]
+    rows = []
+    for name, (q, k) in pairs.items():
+        row: dict[str, Any] = {"attention": name, "queries": q.scene_BN.shape[1], "keys": k.scene_BN.shape[1]}
+        rows.append(row | _row(lower(visibility, q, k), row["queries"] * row["keys"], recipe, backbone))
+    return rows
+
+
+def _clip(recipe: Recipe, plan: Plan, grid: tuple[int, int, int]) -> tuple[Mapping[str, Any], Any]:
+    frames, tokens = grid[0], grid[1] * grid[2]
+    scenes = min(SCENES, frames) if recipe.plan.type == "scenes" else 1
+    scene_F = torch.arange(frames) * scenes // frames
+    geometry = Geometry(grid, torch.zeros(1, frames), (1.0, 1.0), scene_F[None], 1)
+    words = scenes * recipe.text_encoder.max_length
+    scene_L = torch.arange(words) * scenes // words
+    text = Text(torch.zeros(1, words, 1), torch.ones(1, words, dtype=torch.bool), scene_L[None])
+    layout = plan.layout(geometry, text, torch.zeros(1, frames, dtype=torch.bool))
+    levels_BK = layout.levels(torch.zeros(1, layout.num_draws))
+    nothing = torch.zeros(1, frames, tokens, 1)
+    return to_streams(layout, nothing, nothing, levels_BK, text, lambda x, *_: x), layout.visibility
+
+
+def _row(
+    pattern: Pattern | torch.Tensor | None, pairs: int, recipe: Recipe, backbone: nn.Module
+) -> dict[str, Any]:
+    heads, channels = _heads(recipe, backbone)
+    seen, way, times, measured = 1.0, "no mask", {}, 0
+    if isinstance(pattern, torch.Tensor):
+        seen = float((pattern == 0 if pattern.is_floating_point() else pattern).float().mean())
+        way = "dense: too small to choose"
+    elif pattern is not None:
+        seen = pattern.plan.density
+        measured = min(heads, int(AFFORDABLE_FLOPS / (4 * seen * pairs * channels)))
+        way = "measured at the first step: too large to try here"
+        if measured:
+            times = _times(pattern, measured, channels, recipe)
+            way = min(times, key=times.__getitem__)
+    return {
+        "seen": round(seen, 4),
+        "gflop": round(4 * seen * pairs * heads * channels / 1e9, 3),
+        "way": way,
+        "milliseconds": {name: round(1e3 * t, 2) for name, t in times.items()},
+        "heads_measured": measured,
+    }
+
+
+def _times(pattern: Pattern, heads: int, channels: int, recipe: Recipe) -> dict[str, float]:
+    plan, dtype = pattern.plan, torch.bfloat16 if recipe.train.precision == "bf16" else torch.float32
+    q, k, v = (
+        torch.zeros(1, n, heads, channels, dtype=dtype).transpose(1, 2)
+        for n in (plan.queries, plan.keys, plan.keys)
+    )
+    key = problem(plan, q, True)
+    CHOICES.pick(key, ways(plan, q, True), lambda way: trial(plan, way, q, k, v, True), q.device)
+    times = CHOICES.measured(key)
+    assert times is not None
+    return times
+
+
+def _heads(recipe: Recipe, backbone: Any) -> tuple[int, int]:
+    """(heads, channels of a head)."""
+    if recipe.model.imported:
+        return int(backbone.sizes.num_attention_heads), int(backbone.sizes.attention_head_dim)
+    return recipe.model.num_heads, recipe.model.dim // recipe.model.num_heads

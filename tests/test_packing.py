@@ -1,0 +1,80 @@
+"""Samples packed into one row give what each gives alone: values, gradients, and no way across."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from motionloom.flow import LINEAR
+from motionloom.nn.attention import pinned
+from motionloom.plans import Chunks, FirstFrame, Plan, Scenes, Streams, Visibility, to_streams
+from motionloom.plans.packing import pack
+from motionloom.plans.visibility import scene_summaries
+from test_backbones import Sample, build, sample
+
+PLANS: dict[str, Plan] = {
+    "scenes": Scenes(1.0),
+    "first_frame": FirstFrame(1.0),
+    "chunks": Chunks(2, window=2, sinks=1),
+    "teacher": Chunks(2, forcing="teacher"),
+}
+SHAPES = (((2, 3), 3, 4), ((4,), 2, 5), ((1, 2, 1), 3, 4))
+
+
+def streams_of(one: Sample, plan: Plan) -> tuple[Streams, Visibility]:
+    layout = one.layout(plan)
+    levels = layout.levels(one.sigma[:, : layout.num_draws])
+    return to_streams(layout, one.clean, one.noise, levels, one.text, LINEAR.mix), layout.visibility
+
+
+def rows(plan: Plan, dtype: torch.dtype = torch.float64) -> tuple[list[Streams], Visibility]:
+    made = [streams_of(sample(*shape, batch=1, dtype=dtype), plan) for shape in SHAPES]
+    return [streams for streams, _ in made], made[0][1]
+
+
+def gradients(model: torch.nn.Module, outs: list[Tensor]) -> list[Tensor]:
+    loss = sum((i + 1) * out.square().sum() for i, out in enumerate(outs))
+    return list(
+        torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad], allow_unused=True)
+    )
+
+
+@pytest.mark.parametrize("way", [None, "segments", "merge", "dense"])
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_packed_row_equals_its_samples_one_by_one(plan, way):
+    model = build("joint", dtype=torch.float64)
+    samples, visibility = rows(PLANS[plan])
+    alone = [model(streams, visibility)["video"] for streams in samples]
+    packed = pack(samples, visibility)
+    if way is None:
+        out = model(packed.streams, packed.visibility)
+    else:
+        with pinned(way):
+            out = model(packed.streams, packed.visibility)
+    together = [answer["video"] for answer in packed.unpack(out)]
+    for a, b in zip(together, alone, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+    for a, b in zip(gradients(model, together), gradients(model, alone), strict=True):
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_summaries_stay_within_their_sample():
+    model = build("joint", dtype=torch.float64)
+    samples, _ = rows(Scenes(0.0))
+    packed = pack(samples, scene_summaries)
+    together = packed.unpack(model(packed.streams, packed.visibility))
+    for streams, answer in zip(samples, together, strict=True):
+        torch.testing.assert_close(
+            answer["video"], model(streams, scene_summaries)["video"], rtol=0, atol=1e-10
+        )
+
+
+def test_samples_must_come_alone_and_alike():
+    one, _ = streams_of(sample(batch=2), FirstFrame(0.0))
+    other, visibility = streams_of(sample(batch=1), FirstFrame(0.0))
+    with pytest.raises(AssertionError, match="batch of one"):
+        pack([one], visibility)
+    with pytest.raises(AssertionError, match="same modalities"):
+        pack([other, {"video": other["video"]}], visibility)
