@@ -5,10 +5,11 @@ Shapes: B batch, N tokens of a stream, C channels of a token.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from motionloom.nn.cache import KVCache
 from motionloom.plans.stream import Streams
 from motionloom.plans.visibility import Visibility
 
@@ -25,4 +26,24 @@ class Backbone(Protocol):
 
     def blocks(self) -> list[nn.Module]:
         """The repeated blocks in order: what a parallel plan shards, compiles and checkpoints."""
+        ...
+
+
+@runtime_checkable
+class CachingBackbone(Backbone, Protocol):
+    """A backbone that makes a clip chunk by chunk, reading the past from a cache.
+
+    Whoever has ``new_cache`` also takes ``cache``: the streams are then one chunk, ``cache.chunk``. Keys and
+    values of the words are held in the cache by the first pass, and not computed again before
+    ``cache.drop("text")``; the chunk's own are offered, for ``cache.commit``.
+    """
+
+    def new_cache(self, **options: Any) -> KVCache:
+        """An empty cache for this backbone; options as in :class:`~motionloom.nn.cache.KVCache`."""
+        ...
+
+    def __call__(
+        self, streams: Streams, visibility: Visibility, cache: KVCache | None = None
+    ) -> dict[str, Tensor]:
+        """As :class:`Backbone`. ``visibility`` is asked about [past, present] keys of the cache, exactly."""
         ...

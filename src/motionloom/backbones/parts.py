@@ -5,7 +5,7 @@ Shapes: B batch, N tokens, L text tokens, K noise levels, P parts of the modulat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from motionloom.config.recipe import ModelConfig
+from motionloom.nn.cache import Pair
 from motionloom.nn.init import fill
 from motionloom.nn.modulation import per_token
 from motionloom.nn.norms import rms_norm
@@ -31,12 +32,20 @@ class Entry(nn.Module):
 
     def forward(self, video: Stream, text: Stream) -> tuple[Tensor, Tensor]:
         """(B, N, D) and (B, L, D), in the dtype of the weights, which under autocast is the residual's."""
+        batch = max(video.x_BNC.shape[0], text.x_BNC.shape[0], video.sigma_BK.shape[0])
+        return self.pictures(video, batch), self.words(text, batch)
+
+    def pictures(self, video: Stream, batch: int) -> Tensor:
+        """The video alone, (B, N, D)."""
         dtype = self.video.weight.dtype
         x_BND = self.video(video.x_BNC.to(dtype)) + self.place(video.position_BN3[..., 1:])
+        return x_BND.to(dtype).expand(batch, -1, -1)
+
+    def words(self, text: Stream, batch: int) -> Tensor:
+        """The text alone, (B, L, D)."""
+        dtype = self.video.weight.dtype
         # Text encoders differ in scale by orders of magnitude.
-        text_BLD = self.text(rms_norm(text.x_BNC.to(dtype)))
-        batch = max(x_BND.shape[0], text_BLD.shape[0], video.sigma_BK.shape[0])
-        return x_BND.to(dtype).expand(batch, -1, -1), text_BLD.to(dtype).expand(batch, -1, -1)
+        return self.text(rms_norm(text.x_BNC.to(dtype))).to(dtype).expand(batch, -1, -1)
 
 
 class Exit(nn.Module):
@@ -92,3 +101,17 @@ def run_blocks(
         else:
             x = block(x, *extra)
     return x
+
+
+def run_cached(
+    blocks: Sequence[nn.Module], x: Tensor, inputs: Iterable[tuple[Any, ...]], recompute: bool
+) -> tuple[Tensor, list[Pair]]:
+    """:func:`run_blocks` for blocks that are given their past and answer (x, their own keys and values)."""
+    pairs = []
+    for block, extra in zip(blocks, inputs, strict=True):
+        if recompute and torch.is_grad_enabled():
+            x, pair = checkpoint(block, x, *extra, use_reentrant=False, preserve_rng_state=False)
+        else:
+            x, pair = block(x, *extra)
+        pairs.append(pair)
+    return x, pairs

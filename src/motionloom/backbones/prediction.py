@@ -6,12 +6,13 @@ Shapes: B batch, N tokens of a stream, C channels of a token.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 from torch import Tensor
 
-from motionloom.backbones.base import Backbone
-from motionloom.flow import LINEAR, Path, convert
+from motionloom.backbones.base import Backbone, CachingBackbone
+from motionloom.flow import LINEAR, DiscreteSchedule, Path, convert
+from motionloom.nn.cache import KVCache
 from motionloom.plans.stream import Streams
 from motionloom.plans.visibility import Visibility
 
@@ -24,12 +25,25 @@ class Predictor:
     prediction: Literal["velocity", "clean", "noise"] = "velocity"
     path: Path = LINEAR
 
-    def velocity(self, streams: Streams, visibility: Visibility) -> dict[str, Tensor]:
+    @property
+    def schedule(self) -> DiscreteSchedule | None:
+        """The noise levels that the backbone was trained on, when it knows no others (CogVideoX)."""
+        return getattr(self.backbone, "schedule", None)
+
+    def velocity(
+        self, streams: Streams, visibility: Visibility, cache: KVCache | None = None
+    ) -> dict[str, Tensor]:
         """The velocity of every denoised stream, (B, N, C) by modality, in the dtype of the stream's latents.
+
+        With a cache, which the backbone must know (``CachingBackbone``), the streams are its present chunk.
 
         Each token is converted at its own noise level. Where a level says nothing about the missing half
         (``flow.to_pair``: clean at 0, noise at 1) that half is taken as 0, so the result is always finite.
         """
+        if cache is None:
+            outputs = self.backbone(streams, visibility)
+        else:
+            outputs = cast(CachingBackbone, self.backbone)(streams, visibility, cache)
         return {
             modality: convert(
                 output,
@@ -39,5 +53,5 @@ class Predictor:
                 "velocity",
                 self.path,
             )
-            for modality, output in self.backbone(streams, visibility).items()
+            for modality, output in outputs.items()
         }

@@ -63,7 +63,7 @@ def recipe_sampling(
 def _ddpm_schedule(recipe: Recipe) -> DiscreteSchedule | None:
     if recipe.train.objective == "flow":
         return None
-    return DiscreteSchedule(recipe.diffusion.schedule, recipe.diffusion.num_timesteps)
+    return DiscreteSchedule(**recipe.diffusion.schedule_terms)
 
 
 def generate_clips(

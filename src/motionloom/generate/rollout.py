@@ -1,6 +1,9 @@
 """The rollout engine: from noise to latents, under any plan, with any solver and guidance.
 
 Training roll-outs, clips, scenes and streams all come through here, over the plan code that training used.
+A plan of several stages runs from a cache where plan and backbone know one: each stage then costs its own
+tokens, and one clean pass when it is done. Elsewhere all frames are computed under the plan's mask, which
+gives the same clip.
 
 Shapes: B batch, F token frames, S cells of a frame, C channels of a token.
 """
@@ -13,9 +16,20 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from motionloom.backbones.base import CachingBackbone
 from motionloom.backbones.prediction import Predictor
 from motionloom.flow import PATHS, SOLVERS, DiscreteSchedule, Guidance, sigma_schedule
-from motionloom.plans import Geometry, Layout, Plan, Text, keep_given, read_video, to_streams_at
+from motionloom.nn.cache import KVCache
+from motionloom.plans import (
+    Geometry,
+    Layout,
+    Plan,
+    StreamedPlan,
+    Text,
+    keep_given,
+    read_video,
+    to_streams_at,
+)
 
 Progress = Callable[[int, int], None]
 """Called with (solver steps done, solver steps in all)."""
@@ -34,7 +48,8 @@ class Sampling:
     eta: float = 0.0
     guidance: Guidance = field(default_factory=Guidance)
     schedule: DiscreteSchedule | None = None
-    """Of a network trained by DDPM: only its own noise levels are visited, and ``shift`` does not apply."""
+    """Of a network trained by DDPM: only its own noise levels are visited, and ``shift`` does not apply. A
+    backbone that has a schedule of its own keeps to that one."""
 
 
 @dataclass(frozen=True)
@@ -66,61 +81,108 @@ def rollout(
         negative: the text that guidance pushes away from; needed when guidance is active.
         generator: the noise of stochastic solvers, on the device of ``noise_BFSC``.
     """
+    prompts = [text] if negative is None or sampling.guidance.scale == 1.0 else [text, negative]
     given = given or _nothing_given(geometry, noise_BFSC)
+    clean_BFSC, given_BF = given.clean_BFSC, given.given_BF
     stages = plan.stages(geometry)
+    caches = _caches(predictor, plan, len(stages), len(prompts))
     for n, frames in enumerate(stages):
-        if bool(given.given_BF[:, frames].all()):
-            continue
-        report = _reporter(progress, n * sampling.steps, len(stages) * sampling.steps)
-        made_BFSC = _solve(
-            predictor, plan, geometry, text, noise_BFSC, sampling, negative, given, generator, report
-        )
-        now_F = torch.zeros_like(given.given_BF[0])
-        now_F[frames] = True
-        new_BF = now_F & ~given.given_BF
-        clean_BFSC = torch.where(new_BF[..., None, None], made_BFSC, given.clean_BFSC)
-        given = Given(clean_BFSC, given.given_BF | new_BF)
-    return given.clean_BFSC
+        for cache in caches:
+            cache.begin(n)
+        if not bool(given_BF[:, frames].all()):
+            view = _view(plan, geometry, prompts, caches, clean_BFSC, given_BF, frames)
+            noise = noise_BFSC[:, frames] if caches else noise_BFSC
+            report = _reporter(progress, n * sampling.steps, len(stages) * sampling.steps)
+            made_BFSC = _solve(predictor, view, noise, sampling, generator, report)
+            clean_BFSC = _put(clean_BFSC, frames, made_BFSC if caches else made_BFSC[:, frames])
+            given_BF = _put(given_BF, frames, torch.ones_like(given_BF[:, frames]))
+        if caches and n + 1 < len(stages):
+            # A clean pass, so that later chunks look at what was made and not at its noise.
+            view = _view(plan, geometry, prompts, caches, clean_BFSC, torch.zeros_like(given_BF), frames)
+            for i, cache in enumerate(caches):
+                _velocity(predictor, view, i, view.clean_BFSC, 0.0)
+                cache.commit()
+    return clean_BFSC
+
+
+@dataclass(frozen=True)
+class _View:
+    """What a solver walks over: a stage alone in front of its caches, or all frames under a mask."""
+
+    prompts: list[Text]
+    layouts: list[Layout]
+    """One per prompt, like the caches."""
+    caches: list[KVCache]
+    """Empty: no cache, all frames."""
+    clean_BFSC: Tensor
+    made_BF: Tensor
+    """The frames that are made now."""
+
+
+def _view(
+    plan: Plan,
+    geometry: Geometry,
+    prompts: list[Text],
+    caches: list[KVCache],
+    clean_BFSC: Tensor,
+    given_BF: Tensor,
+    frames: slice,
+) -> _View:
+    if caches:
+        assert isinstance(plan, StreamedPlan)
+        given_BF = given_BF[:, frames]
+        layout = plan.stage_layout(geometry.part(frames), given_BF if bool(given_BF.any()) else None)
+        return _View(prompts, [layout] * len(prompts), caches, clean_BFSC[:, frames], ~given_BF)
+    layouts = [plan.layout(geometry, text, given_BF) for text in prompts]
+    now_BF = _put(torch.zeros_like(given_BF), frames, torch.ones_like(given_BF[:, frames]))
+    return _View(prompts, layouts, [], clean_BFSC, now_BF & ~given_BF)
+
+
+def _caches(predictor: Predictor, plan: Plan, stages: int, prompts: int) -> list[KVCache]:
+    """One for each prompt, since its words reach the keys of the video; none where there is one stage only,
+    or the plan or the backbone knows no cache."""
+    backbone = predictor.backbone
+    if stages == 1 or not isinstance(plan, StreamedPlan) or not isinstance(backbone, CachingBackbone):
+        return []
+    return [backbone.new_cache(window=plan.window, sinks=plan.sinks) for _ in range(prompts)]
 
 
 def _solve(
     predictor: Predictor,
-    plan: Plan,
-    geometry: Geometry,
-    text: Text,
+    view: _View,
     noise_BFSC: Tensor,
     sampling: Sampling,
-    negative: Text | None,
-    given: Given,
     generator: torch.Generator | None,
     callback: Callback | None,
 ) -> Tensor:
-    """One stage: every frame that is not given, from noise to data."""
-    layout = plan.layout(geometry, text, given.given_BF)
-    negative_layout = plan.layout(geometry, negative, given.given_BF) if negative is not None else None
+    """One stage, from noise to data; frames of the view that are given stay."""
 
     def velocity(x_BFSC: Tensor, sigma: float) -> Tensor:
-        v = _velocity(predictor, layout, text, given.clean_BFSC, x_BFSC, sigma)
+        v = _velocity(predictor, view, 0, x_BFSC, sigma)
         if not sampling.guidance.active(sigma):
             return v
-        assert negative is not None, "guidance needs a negative text; the empty caption will do"
-        assert negative_layout is not None
-        away = _velocity(predictor, negative_layout, negative, given.clean_BFSC, x_BFSC, sigma)
-        made_BFS = (~given.given_BF)[..., None].expand(v.shape[:3])
-        return sampling.guidance.combine(v, away, sigma, made_BFS)
+        assert len(view.prompts) == 2, "guidance needs a negative text; the empty caption will do"
+        away = _velocity(predictor, view, 1, x_BFSC, sigma)
+        return sampling.guidance.combine(v, away, sigma, view.made_BF[..., None].expand(v.shape[:3]))
 
     solver = SOLVERS[sampling.solver]
     options: dict[str, object] = {"generator": generator} if solver.stochastic else {}
     if sampling.solver == "ddim":
         options["eta"] = sampling.eta
     path = PATHS[sampling.path]
-    if sampling.schedule is None:
+    # A network that only ever saw certain noise levels is not asked at others, whatever the recipe says.
+    schedule = predictor.schedule or sampling.schedule
+    if schedule is None:
         start_BFSC, sigmas = noise_BFSC, sigma_schedule(sampling.steps, shift=sampling.shift)
     else:
-        start_BFSC = sampling.schedule.start(noise_BFSC, path)
-        sigmas = sampling.schedule.grid(sampling.steps, path)
+        start_BFSC, sigmas = schedule.start(noise_BFSC, path), schedule.grid(sampling.steps, path)
     x_BFSC = solver.run(velocity, start_BFSC, sigmas, path=path, callback=callback, **options)
-    return keep_given(layout, given.clean_BFSC, x_BFSC)
+    return keep_given(view.layouts[0], view.clean_BFSC, x_BFSC)
+
+
+def _put(t_BF: Tensor, frames: slice, part: Tensor) -> Tensor:
+    """A copy with some frames in exchange."""
+    return torch.cat([t_BF[:, : frames.start], part, t_BF[:, frames.stop :]], dim=1)
 
 
 def _nothing_given(geometry: Geometry, like_BFSC: Tensor) -> Given:
@@ -128,13 +190,13 @@ def _nothing_given(geometry: Geometry, like_BFSC: Tensor) -> Given:
     return Given(torch.zeros_like(like_BFSC), given_BF)
 
 
-def _velocity(
-    predictor: Predictor, layout: Layout, text: Text, clean_BFSC: Tensor, x_BFSC: Tensor, sigma: float
-) -> Tensor:
-    """The network's velocity for the clip at one noise level; 0 for frames that are given."""
+def _velocity(predictor: Predictor, view: _View, prompt: int, x_BFSC: Tensor, sigma: float) -> Tensor:
+    """The network's velocity for the view at one noise level; 0 for frames that are given."""
+    layout, text = view.layouts[prompt], view.prompts[prompt]
     sigma_BD = torch.full((x_BFSC.shape[0], layout.num_draws), sigma, device=x_BFSC.device)
-    streams = to_streams_at(layout, clean_BFSC, x_BFSC, layout.levels(sigma_BD), text)
-    v_BFSC = read_video(layout, predictor.velocity(streams, layout.visibility)["video"])
+    streams = to_streams_at(layout, view.clean_BFSC, x_BFSC, layout.levels(sigma_BD), text)
+    cache = view.caches[prompt] if view.caches else None
+    v_BFSC = read_video(layout, predictor.velocity(streams, layout.visibility, cache)["video"])
     return keep_given(layout, torch.zeros_like(v_BFSC), v_BFSC)
 
 

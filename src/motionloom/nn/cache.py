@@ -1,0 +1,297 @@
+"""Keys and values of finished chunks, so that a stream pays for its past once (CausVid, arXiv 2412.07772).
+
+A pass over chunk c reads the pairs of the chunks that it may see and offers its own; ``commit`` takes the
+offer in::
+
+    cache.begin(c)
+    for sigma in sigmas:
+        backbone(noisy streams, visibility, cache)     # offers, and the next pass's offer replaces it
+    backbone(clean streams, visibility, cache)
+    cache.commit()
+
+Everything is functional: pairs go in and come out as tensors that nobody writes to again, so autograd and
+compiled code meet no write in place, a snapshot is a copy of lists, and eviction drops tensors whole.
+
+Keys are held UNROTATED (normalised, before RoPE) beside each token's facts, so positions can be re-based:
+with ``positions="relative"`` the window counts on from the sinks as the ring turns, and the network never
+meets a later time than it was trained on. Memory: 2 x layers x width numbers for each token held, and as much
+again for what attention reads at the moment (rotated, end to end), unless ``lean``.
+
+Shapes: B batch, N tokens of a chunk, P tokens of the past, H heads, D channels of a head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+Pair = tuple[Tensor, Tensor]
+"""Keys and values of one layer, (B, N, H, D) each: in the order of tokens, so that laying them end to end
+copies whole rows."""
+Past = Pair | tuple[()]
+"""What a block is given: the keys and values before its own, rotated, or nothing yet."""
+Fields = Mapping[str, Tensor]
+"""Facts of each token by name, (B or 1, N, ...). The first column of ``position`` and of ``cell`` is time."""
+Turn = Callable[[str, Tensor], Tensor]
+"""(modality, keys (B, P, H, D)) -> the keys as attention wants them: rotated to where the past stands."""
+Positions = Literal["absolute", "relative"]
+ALWAYS = -1
+"""In place of a chunk: tokens that stand outside of time (text) and that every chunk sees."""
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The tokens of one modality in one chunk."""
+
+    fields: Fields
+    pairs: tuple[Pair, ...]
+    """One per layer."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What :meth:`KVCache.restore` goes back to. Holds references, no copies."""
+
+    entries: dict[str, dict[int, Entry]]
+    begins: dict[tuple[str, str], Tensor]
+    chunk: int
+
+
+class KVCache:
+    """See the top of this file.
+
+    Args:
+        layers: blocks of the backbone.
+        window: how many chunks are visible, the present one included; None: all. Older ones are evicted.
+        sinks: how many of the first chunks stay whatever the window (StreamingLLM, arXiv 2309.17453).
+        positions: ``relative`` closes the gap that eviction leaves behind the sinks: see :meth:`shift`.
+        lean: make what attention reads when a layer asks for it, and keep none of it: half the memory, and
+            the past is rotated anew in every pass.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        *,
+        window: int | None = None,
+        sinks: int = 0,
+        positions: Positions = "absolute",
+        lean: bool = False,
+    ) -> None:
+        assert window is None or window >= 1, "a chunk always sees itself"
+        self.layers, self.window, self.sinks = layers, window, sinks
+        self.positions, self.lean = positions, lean
+        self.chunk = 0
+        """The present chunk."""
+        self._entries: dict[str, dict[int, Entry]] = {}
+        self._begins: dict[tuple[str, str], Tensor] = {}
+        """Where the first chunk after the sinks began, (B or 1, 1), by (modality, field)."""
+        self._offers: dict[str, Entry] = {}
+        self._memory: dict[object, object] = {}
+
+    def begin(self, chunk: int) -> None:
+        """Make ``chunk`` the present one: what it cannot see any more is evicted.
+
+        A chunk that was committed before is made anew: it does not see its old self, nor what came after it.
+        """
+        assert chunk >= 0
+        self.chunk = chunk
+        self._offers = {}
+        self._forget()
+        for entries in self._entries.values():
+            for other in [c for c in entries if c < chunk and not self._visible(c)]:
+                del entries[other]
+
+    def _visible(self, chunk: int) -> bool:
+        """Whether the present chunk sees that one: the rule of ``plans.visibility.CausalChunks``."""
+        if chunk == ALWAYS:
+            return True
+        near = self.window is None or chunk > self.chunk - self.window or chunk < self.sinks
+        return chunk < self.chunk and near
+
+    def chunks(self, modality: str) -> list[int]:
+        """The chunks of the past that are held and seen, in order."""
+        return sorted(c for c in self._entries.get(modality, {}) if self._visible(c))
+
+    def __contains__(self, modality: str) -> bool:
+        """Whether the past has anything of this modality."""
+        return bool(self.chunks(modality))
+
+    # --- writing ---
+
+    def offer(self, modality: str, fields: Fields, pairs: Sequence[Pair]) -> None:
+        """What a pass over the present chunk computed. Replaced by the next pass; kept by :meth:`commit`."""
+        assert len(pairs) == self.layers
+        self._offers[modality] = Entry(dict(fields), tuple(pairs))
+
+    def commit(self, *, detach: bool = True) -> None:
+        """Take the offer in as the present chunk, in place of what stood there.
+
+        Args:
+            detach: cut the graph, so that a later chunk's loss cannot reach this one. Without, gradients flow
+                through the cache as they do through one masked forward over all chunks.
+        """
+        assert self._offers, "nothing to commit: run a backbone with this cache first"
+        for modality, entry in self._offers.items():
+            self._entries.setdefault(modality, {})[self.chunk] = _kept(entry, detach)
+            if self.chunk == self.sinks:
+                self._begins |= {(modality, name): _start(t) for name, t in _timed(entry.fields).items()}
+        self._offers = {}
+        self._forget()
+
+    def hold(self, modality: str, fields: Fields, pairs: Sequence[Pair]) -> None:
+        """Tokens outside of time, at once: text, whose pairs do not depend on chunks or noise.
+
+        Their graph is kept, if there is one. To learn through the words, :meth:`drop` those that a pass
+        without gradients left here.
+        """
+        assert len(pairs) == self.layers
+        self._entries[modality] = {ALWAYS: _kept(Entry(dict(fields), tuple(pairs)), detach=False)}
+        self._forget()
+
+    def drop(self, modality: str) -> None:
+        """Forget a modality: ``drop("text")`` before a new prompt. Chunks keep what they took from the old
+        words; making them anew from their clean latents (``begin``, forward, ``commit``) re-caches them."""
+        self._entries.pop(modality, None)
+        self._forget()
+
+    # --- reading ---
+
+    def fields(self, modality: str) -> dict[str, Tensor]:
+        """Facts of the past's tokens, end to end, (B or 1, P, ...); empty where there is no past.
+
+        A field that only some chunks have is True in the others (``valid``).
+        """
+        return self.remember(("fields", modality), lambda: self._join_fields(modality))
+
+    def past(self, modalities: Sequence[str], turn: Turn) -> Sequence[Past]:
+        """What the present chunk reads, for each layer.
+
+        The modalities lie one after the other, (B, P of all of them, H, D). The keys went through ``turn``,
+        once for each commit: it must depend on nothing but the cache and the modality.
+        """
+        entries = [self._entries[m][c] for m in modalities for c in self.chunks(m)]
+        if not entries:
+            return [()] * self.layers
+        layers = _Layers(self.layers, lambda layer: self._join_layer(modalities, layer, turn))
+        # A graph may be walked once only, so what has one is not kept.
+        graph = any(t.requires_grad for entry in entries for pair in entry.pairs for t in pair)
+        return layers if self.lean or graph else self.remember(("past", *modalities), lambda: list(layers))
+
+    def shift(self, modality: str, name: str, present: Tensor) -> Tensor | None:
+        """How far back the relative policy moves the present, and the past but for the sinks; (B or 1, 1), in
+        the unit of the field's first column; None where nothing moves.
+
+        The oldest chunk of the window then stands where the first chunk after the sinks once stood.
+        """
+        begin = self._begins.get((modality, name))
+        if self.positions == "absolute" or begin is None or self.chunk <= self.sinks:
+            return None
+        beyond = [c for c in self.chunks(modality) if c >= self.sinks]
+        oldest = self._entries[modality][beyond[0]].fields[name] if beyond else present
+        return _start(oldest) - begin
+
+    def sink_tokens(self, modality: str) -> int:
+        """How many of the past's tokens never move: the sinks'."""
+        held = [self._entries[modality][c] for c in self.chunks(modality) if c < self.sinks]
+        return sum(next(iter(entry.fields.values())).shape[1] for entry in held)
+
+    def remember(self, key: object, make: Callable[[], T]) -> T:
+        """``make()``, computed once and kept until the cache changes."""
+        if key not in self._memory:
+            self._memory[key] = make()
+        return self._memory[key]  # type: ignore[return-value]
+
+    # --- going back, and what it costs ---
+
+    def snapshot(self) -> Snapshot:
+        """The state now; cheap, since tensors are shared and never written to."""
+        return Snapshot({m: dict(e) for m, e in self._entries.items()}, dict(self._begins), self.chunk)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Back to a snapshot, as often as wanted."""
+        self._entries = {m: dict(e) for m, e in snapshot.entries.items()}
+        self._begins, self.chunk = dict(snapshot.begins), snapshot.chunk
+        self._offers = {}
+        self._forget()
+
+    def memory(self) -> int:
+        """Bytes of all that is held, what attention reads at the moment included."""
+        entries = [entry for chunks in self._entries.values() for entry in chunks.values()]
+        tensors = [t for e in (*entries, *self._offers.values()) for pair in e.pairs for t in pair]
+        for key, kept in self._memory.items():
+            if isinstance(key, tuple) and key[0] == "past":
+                tensors += [t for pair in kept for t in pair]  # type: ignore[attr-defined]
+        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+        return sum(storages.values())
+
+    def _forget(self) -> None:
+        self._memory = {}
+
+    def _join_fields(self, modality: str) -> dict[str, Tensor]:
+        held = [self._entries[modality][c].fields for c in self.chunks(modality)]
+        names = {name: t for fields in held for name, t in fields.items()}
+
+        def column(name: str, like: Tensor) -> list[Tensor]:
+            parts = []
+            for fields in held:
+                tokens = next(iter(fields.values())).shape[1]
+                parts.append(fields.get(name, like.new_ones(1, tokens, *like.shape[2:])))
+            batch = max(part.shape[0] for part in parts)
+            return [part.expand(batch, *part.shape[1:]) for part in parts]
+
+        return {name: torch.cat(column(name, like), dim=1) for name, like in names.items()}
+
+    def _join_layer(self, modalities: Sequence[str], layer: int, turn: Turn) -> Pair:
+        keys, values = [], []
+        for modality in modalities:
+            pairs = [self._entries[modality][c].pairs[layer] for c in self.chunks(modality)]
+            if pairs:
+                keys.append(turn(modality, _end_to_end([k for k, _ in pairs])))
+                values += [v for _, v in pairs]
+        return _end_to_end(keys), _end_to_end(values)
+
+
+class _Layers(Sequence[Past]):
+    """The past of each layer, made when it is asked for."""
+
+    def __init__(self, layers: int, make: Callable[[int], Pair]) -> None:
+        self._layers, self._make = range(layers), make
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __getitem__(self, layer: Any) -> Any:
+        return self._make(self._layers[layer])
+
+
+def extend(past: Past, k: Tensor, v: Tensor) -> Pair:
+    """[past, present] keys and values of a layer, (B, P + N, H, D)."""
+    if not past:
+        return k, v
+    return torch.cat([past[0], k], dim=1), torch.cat([past[1], v], dim=1)
+
+
+def _end_to_end(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _kept(entry: Entry, detach: bool) -> Entry:
+    # Contiguous: a view of a joint projection would keep its queries alive as well.
+    pairs = (((k.detach(), v.detach()) if detach else (k, v)) for k, v in entry.pairs)
+    return Entry(entry.fields, tuple((k.contiguous(), v.contiguous()) for k, v in pairs))
+
+
+def _timed(fields: Fields) -> dict[str, Tensor]:
+    """The fields that the relative policy re-bases."""
+    return {name: fields[name] for name in ("position", "cell") if name in fields}
+
+
+def _start(field: Tensor) -> Tensor:
+    """The earliest time among the tokens, (B or 1, 1)."""
+    return field[..., 0].amin(dim=1, keepdim=True)
