@@ -1,33 +1,113 @@
-"""Backbones: one file per family, single-device maths over token streams."""
+"""Backbones: one file per family, single-device maths over token streams.
+
+``factorized`` and ``joint`` are the project's own, of any size; the published families (``families.py``) come
+in the sizes that their weights have.
+"""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import torch
 
 from motionloom.backbones.base import Backbone
 from motionloom.backbones.factorized import Factorized
+from motionloom.backbones.families import FAMILIES, Sizes, recognise
 from motionloom.backbones.joint import Joint
+from motionloom.backbones.weights import open_weights
 from motionloom.config.recipe import ModelConfig
+from motionloom.errors import UserError
 from motionloom.rng import torch_generator
 
+if TYPE_CHECKING:
+    from motionloom.backbones.cogvideox import CogVideoX
+    from motionloom.backbones.ltx2 import LTX2
+    from motionloom.backbones.wan import Wan
+
 BACKBONES: dict[str, type[Factorized] | type[Joint]] = {"factorized": Factorized, "joint": Joint}
-"""Backbones by ``model.type``."""
+"""The own backbones by ``model.type``; the published ones are in ``families.FAMILIES``."""
 
-__all__ = ["BACKBONES", "Backbone", "Factorized", "Joint", "build_backbone"]
+BackboneModule: TypeAlias = "Factorized | Joint | Wan | CogVideoX | LTX2"
+"""What :func:`build_backbone` builds: a module that is a :class:`Backbone`."""
+
+__all__ = [
+    "BACKBONES",
+    "FAMILIES",
+    "Backbone",
+    "BackboneModule",
+    "Factorized",
+    "Joint",
+    "backbone_sizes",
+    "build_backbone",
+]
 
 
-def build_backbone(config: ModelConfig, latent_channels: int, text_dim: int) -> Factorized | Joint:
-    """The backbone that a recipe names, on CPU, with weights that are the same every time.
+def build_backbone(
+    config: ModelConfig,
+    latent_channels: int,
+    text_dim: int,
+    *,
+    sizes: Sizes | None = None,
+    device: torch.device | str = "cpu",
+) -> BackboneModule:
+    """The backbone that a recipe names, with weights that are the same every time.
 
-    A run draws its own with ``init_weights(generator)``, before it moves the model to a device.
+    A run draws its own with ``init_weights(generator)`` before it moves the model to a device, or loads them.
 
     Args:
         latent_channels: of the tokenizer; a token holds them once for each latent cell of ``config.patch``.
         text_dim: channels of a text embedding.
+        sizes: of a published backbone; None: those that ``config`` names.
+        device: where; ``meta`` is shapes alone, in no memory and without values.
+
+    Raises:
+        UserError: sizes that cannot be had, or that do not go with the recipe's patch, tokenizer or text.
     """
-    # Layers draw initial weights from the global generator; on the meta device they draw nothing.
-    with torch.device("meta"):
-        model = BACKBONES[config.type](config, latent_channels, text_dim)
-    model = model.to_empty(device="cpu")
-    model.init_weights(torch_generator("backbone weights"))
+    if config.imported:
+        model = _published(config, latent_channels, text_dim, sizes)
+    else:
+        # Layers draw initial weights from the global generator; on the meta device they draw nothing.
+        with torch.device("meta"):
+            model = BACKBONES[config.type](config, latent_channels, text_dim)
+    if torch.device(device).type != "meta":
+        model.to_empty(device="cpu")
+        model.init_weights(torch_generator("backbone weights"))
+        model.to(device)
+    return model
+
+
+def backbone_sizes(config: ModelConfig) -> Sizes:
+    """The sizes of a published backbone: those of ``model.preset``, else those of ``model.name_or_path``.
+
+    Raises:
+        UserError: no such preset, or weights that cannot be opened or are of another family.
+    """
+    if config.preset:
+        return FAMILIES[config.type].preset(config.preset)
+    return recognise(open_weights(config.name_or_path), config.type).sizes
+
+
+def _published(
+    config: ModelConfig, latent_channels: int, text_dim: int, sizes: Sizes | None
+) -> BackboneModule:
+    family = FAMILIES[config.type]
+    sizes = sizes or backbone_sizes(config)
+    model = cast("Wan", family.on_meta(sizes, checkpoint_blocks=config.checkpoint_blocks))
+    named = f"{config.type} ({config.preset or config.name_or_path})"
+    if tuple(config.patch) != tuple(model.patch):
+        raise UserError(
+            f"model.patch is {list(config.patch)}, but {named} was made for another: write model.patch: "
+            f"{list(model.patch)}"
+        )
+    if latent_channels != model.latent_channels:
+        raise UserError(
+            f"the tokenizer's latents have {latent_channels} channels, but {named} takes "
+            f"{model.latent_channels}: use the tokenizer that it was trained with, or set "
+            f"tokenizer.latent_d: {model.latent_channels} to train anew on another"
+        )
+    if text_dim != model.text_dim:
+        raise UserError(
+            f"text embeddings have {text_dim} channels, but {named} takes {model.text_dim}: use the text "
+            f"encoder that it was trained with, or text_encoder.dim: {model.text_dim} to train on another"
+        )
     return model

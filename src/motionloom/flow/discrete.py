@@ -20,6 +20,7 @@ from motionloom.flow.convert import Kind, alpha_bar_to_sigma, convert, from_pair
 from motionloom.flow.paths import LINEAR, Path, Sigma, broadcast_sigma, widen
 
 Betas = Literal["cosine", "linear", "scaled_linear"]
+Spacing = Literal["linspace", "trailing"]
 
 
 @dataclass(frozen=True)
@@ -29,8 +30,12 @@ class DiscreteSchedule:
     ``cosine``: beta_t = min(1 - f(t + 1) / f(t), 0.999), f(t) = cos^2(((t / steps) + 0.008) / 1.008 * pi / 2)
     (Nichol & Dhariwal 2021, 2102.09672, eq. 17). ``linear``: beta from ``beta_start`` to ``beta_end`` (Ho et
     al. 2020). ``scaled_linear``: sqrt(beta) linear between their roots (latent diffusion; 0.00085 and 0.012
-    there). ``zero_terminal_snr`` moves and scales sqrt(abar) so that the last step holds no signal at all
-    (Lin et al. 2023, 2305.08891, alg. 1). Raises UserError for values that make no schedule.
+    there). All signal-to-noise ratios abar / (1 - abar) are divided by ``snr_shift`` (CogVideoX, 2408.06072;
+    SD3's shift for resolution, 2403.03206, in DDPM's terms). ``zero_terminal_snr`` then moves and scales
+    sqrt(abar) so that the last step holds no signal at all (Lin et al. 2023, 2305.08891, alg. 1).
+    ``spacing`` says which steps ``grid`` visits (the same paper, table 2): ``linspace`` from the last to the
+    first, ``trailing`` every (steps / n)-th back from the last. Raises UserError for values that make no
+    schedule.
     """
 
     betas: Betas = "cosine"
@@ -38,6 +43,8 @@ class DiscreteSchedule:
     beta_start: float = 1e-4
     beta_end: float = 2e-2
     zero_terminal_snr: bool = False
+    snr_shift: float = 1.0
+    spacing: Spacing = "linspace"
 
     def __post_init__(self) -> None:
         if self.betas not in get_args(Betas):
@@ -51,10 +58,18 @@ class DiscreteSchedule:
                 "noise schedule: betas must obey 0 < beta_start <= beta_end < 1, "
                 f"got {self.beta_start} and {self.beta_end}"
             )
+        if not self.snr_shift > 0:
+            raise UserError(f"noise schedule: snr_shift must be above 0, got {self.snr_shift}")
+        if self.spacing not in get_args(Spacing):
+            raise UserError(
+                f"noise schedule: spacing {self.spacing!r} is unknown; "
+                f"use one of {', '.join(get_args(Spacing))}"
+            )
 
     def alpha_bar(self) -> Tensor:
         """(steps,) float64 on the CPU: the share of variance that is signal, falling with t."""
-        root = torch.cumprod(1 - self._beta_table(), 0).sqrt()
+        abar = torch.cumprod(1 - self._beta_table(), 0)
+        root = (abar / (abar + self.snr_shift * (1 - abar))).sqrt()
         if self.zero_terminal_snr:
             root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))
         return root**2
@@ -101,7 +116,11 @@ class DiscreteSchedule:
         """
         if steps < 1:
             raise UserError(f"sampling steps must be at least 1, got {steps}")
-        t = torch.linspace(self.steps - 1, 0, steps, dtype=torch.float64).round().unique().flip(0)
+        if self.spacing == "trailing":
+            steps = min(steps, self.steps)
+            t = torch.arange(steps, 0, -1, dtype=torch.float64).mul(self.steps / steps).round() - 1
+        else:
+            t = torch.linspace(self.steps - 1, 0, steps, dtype=torch.float64).round().unique().flip(0)
         return torch.cat([self.sigma(t, path), torch.zeros(1)]).to(torch.float32)
 
     def start(self, noise: Tensor, path: Path = LINEAR) -> Tensor:

@@ -46,7 +46,7 @@ class Denoise:
         self._caption_dropout = recipe.train.cfg_dropout_prob
         # A backbone with dropout draws its masks from a generator that it is lent for each step.
         self._masks = backbone.dropout if recipe.model.dropout > 0 else None  # type: ignore[attr-defined]
-        self._objective = objective(recipe)
+        self._objective = objective(recipe, getattr(backbone, "schedule", None))
         self._predictor = Predictor(backbone, recipe.model.prediction, self._objective.path)
         self._text_encoder = text_encoder if text_encoder is not None and text_encoder.trainable else None
         assert isinstance(backbone, nn.Module)

@@ -43,15 +43,19 @@ class Objective:
     weight: Weight
 
 
-def objective(recipe: Recipe) -> Objective:
-    """The objective of a recipe."""
+def objective(recipe: Recipe, own: DiscreteSchedule | None = None) -> Objective:
+    """The objective of a recipe.
+
+    Args:
+        own: the backbone's own schedule, which ``ddpm_*`` then draws from instead of the recipe's.
+    """
     fm = recipe.flow_matching
     if recipe.train.objective == "flow":
         path = PATHS[fm.path]
         # Stratified: the same law for every sample, and each batch covers all of it.
         law = TimeSampling(fm.times, fm.mean, fm.std, fm.shift, fm.t_min, fm.t_max, stratified=True)
         return _steady(recipe, path, law.sample, _flow_weight(fm, path))
-    schedule = DiscreteSchedule(recipe.diffusion.schedule, recipe.diffusion.num_timesteps)
+    schedule = own or DiscreteSchedule(**recipe.diffusion.schedule_terms)
     weight = WEIGHTINGS["noise_equivalent"] if recipe.train.objective == "ddpm_eps" else _v_equivalent
     return _steady(recipe, LINEAR, schedule.sample, weight)
 

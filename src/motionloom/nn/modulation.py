@@ -9,12 +9,14 @@ Shapes: B batch, N tokens, K noise levels, D channels, P parts (shift, scale, ga
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from motionloom.nn.init import fill
+from motionloom.nn.mlp import Embedder
 
 FEATURES = 256
 
@@ -25,6 +27,18 @@ def sinusoid(t: Tensor, features: int = FEATURES) -> Tensor:
     exponent = torch.arange(half, dtype=torch.float32, device=t.device) / half
     angle = t[..., None] * torch.exp(-math.log(1e4) * exponent)
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
+
+
+class TimestepEmbedding(Embedder):
+    """Sines and cosines of a timestep through Linear, SiLU, Linear; diffusers' names of weights."""
+
+    def __init__(self, features: int, outputs: int) -> None:
+        super().__init__(features, outputs, nn.SiLU())
+
+    def forward(self, t: Tensor) -> Tensor:
+        """(...) -> (..., outputs), in the dtype of the weights outside of autocast."""
+        features = sinusoid(t.float(), self.linear_1.in_features)
+        return super().forward(features.to(self.linear_1.weight.dtype))
 
 
 class NoiseModulation(nn.Module):
@@ -65,3 +79,34 @@ def per_token(modulation_BKPD: Tensor, one_hot_BNK: Tensor | None) -> tuple[Tens
         return modulation_BKPD.unbind(2)
     spread_BNX = one_hot_BNK @ modulation_BKPD.flatten(2)
     return spread_BNX.unflatten(-1, modulation_BKPD.shape[2:]).unbind(2)
+
+
+def at_levels(table_BKPD: Tensor, level_BN: Tensor | None) -> tuple[Tensor, ...]:
+    """Every token's P vectors, (B, N or 1, D) each, bit-equal to the rows of the table.
+
+    What :func:`per_token` computes, where rounding must not happen: autocast would round its product.
+
+    Args:
+        level_BN: (B or 1, N); None where there is one level.
+    """
+    if level_BN is None:
+        return table_BKPD.unbind(2)
+    rows_BNX: Tensor = _Rows.apply(table_BKPD.flatten(2), level_BN)
+    return rows_BNX.unflatten(-1, table_BKPD.shape[2:]).unbind(2)
+
+
+class _Rows(torch.autograd.Function):
+    """Rows (B, N, X) of tables (B, K, X). The gradient is a product with a one-hot matrix: autograd would
+    have all tokens of a level wait for each other to add theirs, in an order that changes from run to run."""
+
+    @staticmethod
+    def forward(ctx: Any, table_BKX: Tensor, level_BN: Tensor) -> Tensor:
+        ctx.save_for_backward(level_BN)
+        ctx.shape = table_BKX.shape
+        return table_BKX.take_along_dim(level_BN[..., None], dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BNX: Tensor) -> tuple[Tensor, None]:
+        (level_BN,) = ctx.saved_tensors
+        one_hot_BNK = F.one_hot(level_BN, ctx.shape[1]).to(grad_BNX.dtype)
+        return (one_hot_BNK.transpose(1, 2) @ grad_BNX).sum_to_size(ctx.shape), None

@@ -73,3 +73,31 @@ def rotate(x: Tensor, tables: Rotary) -> Tensor:
     # Swapping halves by flip keeps the innermost loop contiguous, so that compiled code stays vectorised.
     swapped = x.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
     return x * cos + swapped * sin
+
+
+def index_rotary(index_BNA: Tensor, pairs: tuple[int, ...], theta: float = 1e4) -> Rotary:
+    """Tables for :func:`rotate_pairs` from whole-numbered coordinates: RoPE over indices of a grid.
+
+    Args:
+        index_BNA: one column per axis; any number, there is no table to run out of.
+        pairs: how many rotated pairs each axis gets, slower and slower from 1 radian per index to 1 / theta.
+
+    Returns:
+        float64 (float32 on devices without it): an index of thousands times a rounded frequency would be off.
+    """
+    dtype = torch.float32 if index_BNA.device.type == "mps" else torch.float64
+    angle = torch.cat(
+        [
+            index_BNA[..., i, None] * theta ** -(torch.arange(n, dtype=dtype, device=index_BNA.device) / n)
+            for i, n in enumerate(pairs)
+        ],
+        dim=-1,
+    )
+    cos, sin = angle.cos(), angle.sin()
+    return cos.repeat_interleave(2, dim=-1), torch.stack([-sin, sin], dim=-1).flatten(-2)
+
+
+def rotate_pairs(x: Tensor, tables: Rotary) -> Tensor:
+    """Turn pairs (2i, 2i + 1) of the last dimension by the token's angles; tables broadcast over heads."""
+    cos, sin = tables
+    return x * cos + x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2) * sin
