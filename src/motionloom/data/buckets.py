@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from motionloom.config.recipe import Recipe
-from motionloom.tokenizers import TokenizerSpec
+from motionloom.tokenizers import TokenizerSpec, scene_latents
 
 
 @dataclass(frozen=True, order=True)
@@ -18,15 +18,31 @@ class Bucket:
     width: int
     height: int
     frames: int
+    shots: tuple[int, ...] = ()
+    """Frames of each shot where every one was encoded as a clip of its own; empty: the clip as a whole."""
 
     def __str__(self) -> str:
-        return f"{self.width}x{self.height}x{self.frames}"
+        frames = "+".join(map(str, self.shots)) or self.frames
+        return f"{self.width}x{self.height}x{frames}"
 
     @staticmethod
     def parse(text: str) -> Bucket:
         """The bucket that ``str`` wrote."""
-        width, height, frames = map(int, text.split("x"))
-        return Bucket(width, height, frames)
+        width, height, frames = text.split("x")
+        shots = tuple(map(int, frames.split("+")))
+        return Bucket(int(width), int(height), sum(shots), shots if len(shots) > 1 else ())
+
+    def latent_grid(self, spec: TokenizerSpec) -> tuple[int, int, int]:
+        """(F, h, w) of its clips' latents. Raises UserError for a size that the tokenizer cannot make."""
+        frames, rows, columns = spec.latent_grid((self.shots or (self.frames,))[0], self.height, self.width)
+        return sum(scene_latents(spec, self.shots)) if self.shots else frames, rows, columns
+
+    def latent_shots(self, spec: TokenizerSpec, scene_frames: Sequence[int]) -> tuple[int, ...]:
+        """The shot of each latent frame of a clip with shots of so many frames."""
+        if not self.shots:
+            return latent_scenes(spec, tuple(scene_frames))
+        counts = scene_latents(spec, self.shots)
+        return tuple(shot for shot, count in enumerate(counts) for _ in range(count))
 
 
 def bucket_sizes(recipe: Recipe) -> list[tuple[int, int]]:
@@ -71,7 +87,7 @@ def longest_fit(frames: int, lengths: Sequence[int]) -> int | None:
 
 @lru_cache(maxsize=4096)
 def latent_scenes(spec: TokenizerSpec, scene_frames: tuple[int, ...]) -> tuple[int, ...]:
-    """The shot of each latent frame, from the pixel frames of each shot: that of its middle pixel frame."""
+    """The shot of each latent frame of a clip encoded as a whole: that of its middle pixel frame."""
     shot_of_pixel = [shot for shot, frames in enumerate(scene_frames) for _ in range(frames)]
     latent_frames = spec.latent_grid(len(shot_of_pixel), spec.spatial, spec.spatial)[0]
     ends = [spec.pixel_frames(f + 1) for f in range(latent_frames)]

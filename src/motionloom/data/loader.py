@@ -20,13 +20,14 @@ from numpy.typing import NDArray
 
 from motionloom.config.recipe import Recipe
 from motionloom.data.batch import Batch
-from motionloom.data.buckets import Bucket, latent_scenes
+from motionloom.data.buckets import Bucket
 from motionloom.data.cache import Cache, TextTable, is_trained
 from motionloom.data.order import Order
 from motionloom.errors import UserError
 from motionloom.plans.layout import Text
 from motionloom.rng import key_to_seed
 from motionloom.text import lay_scenes
+from motionloom.tokenizers import scene_seconds
 
 Split = Literal["train", "heldout"]
 
@@ -126,9 +127,10 @@ class Loader:
         rows = self._members(n)
         spec = self._cache.identity.spec
         latents_BFhwC = torch.from_numpy(np.stack(self._cache.latents(rows))).float()
-        seconds_F = spec.seconds(latents_BFhwC.shape[1], self._cache.fps)
+        bucket = Bucket.parse(self._cache.metadata(rows[:1])[0]["bucket"])
+        seconds_F = scene_seconds(spec, bucket.shots or (bucket.frames,), self._cache.fps)
         captions, scene_frames = self._captions.of(rows, n if self._split == "train" else None)
-        scene_BF = torch.tensor([latent_scenes(spec, tuple(frames)) for frames in scene_frames])
+        scene_BF = torch.tensor([bucket.latent_shots(spec, frames) for frames in scene_frames])
         return Batch(
             ids=[self._cache.ids[row] for row in rows],
             latents_BFHWC=latents_BFhwC,

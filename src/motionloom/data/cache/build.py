@@ -37,7 +37,14 @@ from motionloom.data.manifest import ManifestEntry, Problem, Problems
 from motionloom.data.media import write_atomic
 from motionloom.errors import UserError
 from motionloom.text import TextEncoder, build_text_encoder
-from motionloom.tokenizers import Tokenizer, fit_tokenizer, load_tokenizer
+from motionloom.tokenizers import (
+    Tokenizer,
+    VaeTokenizer,
+    encode_scenes,
+    fit_tokenizer,
+    load_tokenizer,
+    open_tokenizer,
+)
 
 Progress = Callable[[str, int, int], None]
 """(what is being done, how many of it, of how many)."""
@@ -118,6 +125,8 @@ def build_cache(
     _check_request(recipe, entries, out)
     with _locked(out):
         tokenizer = _settle_tokenizer(recipe, entries, out, tokenizer, on_progress)
+        if isinstance(tokenizer, VaeTokenizer) and torch.cuda.is_available():
+            tokenizer.to("cuda")
         run = _Run(out, recipe, tokenizer, commit_seconds)
         run.plan(entries)
         run.encode(on_progress)
@@ -188,7 +197,7 @@ def _settle_tokenizer(
             new.rename(out / TOKENIZER)
         return tokenizer or load_tokenizer(out / TOKENIZER)
     if tokenizer is None and recipe.tokenizer.name_or_path:
-        tokenizer = load_tokenizer(recipe.tokenizer.name_or_path)
+        tokenizer = open_tokenizer(recipe.tokenizer)
     if tokenizer is None:
         clips = sample_for_fit(recipe, entries, on_progress)
         tokenizer = fit_tokenizer(recipe.tokenizer, clips)
@@ -357,7 +366,8 @@ class _Run:
 
     @torch.no_grad()
     def _encode(self, clips: Sequence[Decoded]) -> None:
-        latents = self.tokenizer.encode(torch.stack([clip.video_PHW3 for clip in clips]))
+        bucket, videos = clips[0].bucket, torch.stack([clip.video_PHW3 for clip in clips])
+        latents = encode_scenes(self.tokenizer, videos, bucket.shots or (bucket.frames,))
         halves = latents.to("cpu", torch.float16)
         for clip, half_FhwC in zip(clips, halves, strict=True):
             if not half_FhwC.isfinite().all():

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,7 +29,7 @@ from motionloom.data.manifest import ManifestEntry, Problem, read_entry
 from motionloom.data.media import MediaError, probe, random_offset
 from motionloom.errors import UserError
 from motionloom.rng import key_to_seed
-from motionloom.tokenizers import TokenizerSpec
+from motionloom.tokenizers import VAES, TokenizerSpec
 
 
 @dataclass(frozen=True)
@@ -132,10 +133,22 @@ def _decode_crop(
     if frames is None:
         shortest = min(lengths, key=lambda length: (length == 1, length))
         raise _too_short(entry, len(clip.video_FHW3), shortest, fps)
-    captions, scene_frames = _scenes(entry, frames, fps, spec)
     video_PHW3 = torch.from_numpy(clip.video_FHW3[:frames])
     unused = _unused(entry, frames, fps)
-    return Decoded(entry, crop, Bucket(width, height, frames), captions, scene_frames, video_PHW3, unused)
+    captions, scene_frames = _scenes(entry, frames, fps)
+    bucket = Bucket(width, height, frames)
+    if len(scene_frames) > 1 and recipe.tokenizer.type in VAES:
+        # A VAE mixes what it has seen into what follows, so every shot is encoded as a clip of its own.
+        whole = [_whole_latents(spec, count, recipe.model.patch[0]) for count in scene_frames]
+        _require_all(entry, scene_frames, set(np.flatnonzero(whole)), spec, fps)
+        video_PHW3 = torch.cat(
+            [shot[:keep] for shot, keep in zip(video_PHW3.split(scene_frames), whole, strict=True)]
+        )
+        unused += (frames - sum(whole)) / fps
+        scene_frames, bucket = whole, Bucket(width, height, sum(whole), tuple(whole))
+    else:
+        _require_all(entry, scene_frames, set(latent_scenes(spec, tuple(scene_frames))), spec, fps)
+    return Decoded(entry, crop, bucket, captions, scene_frames, video_PHW3, unused)
 
 
 def _offset(recipe: Recipe, entry: ManifestEntry, crop: int) -> tuple[float, float]:
@@ -156,9 +169,7 @@ def _too_short(entry: ManifestEntry, has: int, needs: int, fps: float) -> MediaE
     return MediaError(entry.id, what, f"{fix}, or leave it out", "too short")
 
 
-def _scenes(
-    entry: ManifestEntry, frames: int, fps: float, spec: TokenizerSpec
-) -> tuple[list[str], list[int]]:
+def _scenes(entry: ManifestEntry, frames: int, fps: float) -> tuple[list[str], list[int]]:
     """Captions and lengths in frames of the scenes that are seen; a clip without scenes is one.
 
     A frame belongs to the last scene that has begun; those before the first scene belong to it as well.
@@ -171,13 +182,26 @@ def _scenes(
     of_frame = [max(0, sum(start <= now for start in starts) - 1) for now in times]
     seen = of_frame[-1] + 1
     counts = [of_frame.count(scene) for scene in range(seen)]
-    present = set(latent_scenes(spec, tuple(counts)))
-    for scene in range(seen):
+    return [scene.caption for scene in entry.scenes[:seen]], counts
+
+
+def _whole_latents(spec: TokenizerSpec, frames: int, patch: int) -> int:
+    """How many of a shot's frames fill latent frames in groups of ``patch``, those of one token."""
+    head = int(spec.first_alone)
+    latents = head + (frames - head) // spec.temporal if frames else 0
+    latents -= latents % patch
+    return spec.pixel_frames(latents) if latents else 0
+
+
+def _require_all(
+    entry: ManifestEntry, scene_frames: Sequence[int], present: set[int], spec: TokenizerSpec, fps: float
+) -> None:
+    """Raises MediaError unless every scene has a latent frame of its own."""
+    for scene, frames in enumerate(scene_frames):
         if scene not in present:
-            what = f"scene {scene} ({counts[scene]} frames) is shorter than a latent frame"
+            what = f"scene {scene} ({frames} frames) is shorter than a latent frame"
             fix = f"let it last {spec.temporal / fps:.2g} s or more, or join it with its neighbour"
             raise MediaError(entry.id, what, fix, "short scene")
-    return [scene.caption for scene in entry.scenes[:seen]], counts
 
 
 def _unused(entry: ManifestEntry, frames: int, fps: float) -> float:

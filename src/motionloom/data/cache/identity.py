@@ -15,7 +15,7 @@ from typing import Any
 from motionloom.config.recipe import Recipe
 from motionloom.data.media import write_atomic
 from motionloom.errors import UserError
-from motionloom.tokenizers import Tokenizer, TokenizerSpec, load_tokenizer
+from motionloom.tokenizers import Tokenizer, TokenizerSpec, open_tokenizer
 
 FORMAT = 1
 LATENT_DTYPE = "float16"
@@ -137,7 +137,7 @@ def mismatches(identity: Identity, recipe: Recipe, *, tokenizer: Tokenizer | Non
             found += _one_sided(key, identity.made_with, wanted)
     found += _spec_mismatches(identity.spec, recipe, "in the cache")
     if tokenizer is None and recipe.tokenizer.name_or_path:
-        tokenizer = load_tokenizer(recipe.tokenizer.name_or_path)
+        tokenizer = open_tokenizer(recipe.tokenizer)
     if tokenizer is not None and tokenizer.fingerprint() != identity.tokenizer:
         name = f" ({recipe.tokenizer.name_or_path})" if recipe.tokenizer.name_or_path else ""
         digests = identity.tokenizer[:12], tokenizer.fingerprint()[:12]

@@ -104,7 +104,7 @@ class Cache:
     def latent_shape(self, bucket: Bucket) -> tuple[int, int, int, int]:
         """(F, h, w, C) of a bucket's clips."""
         spec = self.identity.spec
-        return *spec.latent_grid(bucket.frames, bucket.height, bucket.width), spec.channels
+        return *bucket.latent_grid(spec), spec.channels
 
     def row(self, i: int) -> Row:
         """Row number ``i``."""

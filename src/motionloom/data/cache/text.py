@@ -31,7 +31,11 @@ def is_trained(recipe: Recipe) -> bool:
 def text_settings(recipe: Recipe) -> dict[str, Any]:
     """The recipe keys that decide the embeddings of its frozen text encoder."""
     config = recipe.text_encoder
-    names = {"hash": ("dim", "vocab_size"), "hf": ("name_or_path", "dtype")}[config.type]
+    names = {
+        "hash": ("dim", "vocab_size"),
+        "hf": ("name_or_path", "dtype", "padding"),
+        "ltx2": ("name_or_path", "dtype", "connectors"),
+    }[config.type]
     found = {f"text_encoder.{name}": getattr(config, name) for name in ("type", "max_length", *names)}
     return found | ({"seed": recipe.seed} if config.type == "hash" else {})
 

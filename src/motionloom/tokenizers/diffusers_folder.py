@@ -1,0 +1,139 @@
+"""Model folders in diffusers' layout: ``config.json`` and safetensors; read strictly, written in one file."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from motionloom.errors import UserError
+
+CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
+
+
+def class_named_in(folder: Path) -> str | None:
+    """``_class_name`` of the folder's config; None where there is no config.
+
+    Raises:
+        UserError: the config is damaged.
+    """
+    file = folder / CONFIG
+    if not file.is_file():
+        return None
+    try:
+        return str(json.loads(file.read_text())["_class_name"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: not a diffusers config ({error!r}): copy the folder again") from None
+
+
+def load(folder: Path, names: Mapping[str, str], dtype: torch.dtype) -> nn.Module:
+    """The model of a folder, frozen and in eval mode.
+
+    Args:
+        names: the classes that will do, and the diffusers module that each is in.
+
+    Raises:
+        UserError: there is no such folder, it holds another class, or its weights are missing, damaged, or
+        not
+            those that its config describes.
+    """
+    found = class_named_in(folder)
+    if found is None:
+        raise UserError(f"{folder}: no diffusers model here ({CONFIG} is missing): name the model's folder")
+    if found not in names:
+        raise UserError(f"{folder / CONFIG}: holds {found}, not {' or '.join(names)}: name the right folder")
+    kind = _class(names[found], found)
+    try:
+        with _quiet():
+            # Not by way of the meta device: buffers that are not saved would be lost on it.
+            model, report = kind.from_pretrained(
+                folder,
+                torch_dtype=dtype,
+                use_safetensors=True,
+                low_cpu_mem_usage=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{folder}: cannot be loaded as {found} ({reason}): copy it again") from None
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if names_ := sorted(map(str, report[what])):
+            more = f" and {len(names_) - 1} more" if len(names_) > 1 else ""
+            what = what.replace("_", " ")
+            raise UserError(f"{folder}: weights do not fit {CONFIG}: {what} {names_[0]}{more}: copy it again")
+    return model.eval().requires_grad_(False)
+
+
+def save(model: Any, folder: Path, same: Path | None = None) -> None:
+    """Write a model so that diffusers and :func:`load` read it; equal models give equal bytes.
+
+    Args:
+        same: a folder that this function wrote for an equal model. Where the file system can, its weights are
+            linked instead of written again: checkpoints of a run then share one file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    config = {"_class_name": type(model).__name__, **_plain_config(model)}
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    if same is not None:
+        try:
+            os.link(same / WEIGHTS, folder / WEIGHTS)
+            return
+        except OSError:
+            pass  # gone, or on another disk: written anew below
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def digest(*models: Any, extra: Mapping[str, Any]) -> str:
+    """Hex digest of configs and weights as they are in memory, on whatever device, and of ``extra``."""
+    found = hashlib.sha256(json.dumps(extra, sort_keys=True).encode())
+    for model in models:
+        found.update(json.dumps([type(model).__name__, _plain_config(model)], sort_keys=True).encode())
+        for name, tensor in sorted(model.state_dict().items()):
+            found.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+            found.update(_bytes(tensor))
+    return found.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    # numpy knows no bfloat16, so the bits are read as bytes.
+    return tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def _plain_config(model: Any) -> dict[str, Any]:
+    """The config without where it came from; tuples as the lists that JSON makes of them."""
+    own = {key: value for key, value in dict(model.config).items() if not key.startswith("_")}
+    plain: dict[str, Any] = json.loads(json.dumps(own))
+    return plain
+
+
+def _class(module: str, name: str) -> Any:
+    try:
+        return getattr(importlib.import_module(f"diffusers.{module}"), name)
+    except ImportError as error:
+        raise UserError(
+            f"{name} needs diffusers ({error}): install it with pip install 'motionloom[hf]'"
+        ) from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without diffusers' own warnings on what :func:`load` reports as an error."""
+    from diffusers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
