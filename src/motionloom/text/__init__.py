@@ -9,14 +9,20 @@ from pathlib import Path
 from motionloom.config.recipe import TextEncoderConfig
 from motionloom.errors import UserError
 from motionloom.text.base import TextEncoder, encode_scenes, lay_scenes
+from motionloom.text.on_demand import OnDemand
 
-ENCODERS = {"hash": "motionloom.text.hash", "hf": "motionloom.text.hf"}
+ENCODERS = {
+    "hash": "motionloom.text.hash",
+    "hf": "motionloom.text.hf",
+    "ltx2": "motionloom.text.ltx2",
+}
 """Module of each ``text_encoder.type``; it offers ``build(config, seed)`` and ``load(folder, settings)``."""
 
 __all__ = [
     "ENCODERS",
     "TextEncoder",
     "build_text_encoder",
+    "cached_text_encoder",
     "encode_scenes",
     "lay_scenes",
     "load_text_encoder",
@@ -30,6 +36,16 @@ def build_text_encoder(config: TextEncoderConfig, seed: int) -> TextEncoder:
         UserError: the model cannot be had.
     """
     return importlib.import_module(ENCODERS[config.type]).build(config, seed)
+
+
+def cached_text_encoder(config: TextEncoderConfig, dim: int, fingerprint: str) -> TextEncoder:
+    """The frozen encoder of a recipe whose embeddings are cached: read when it is asked for others.
+
+    Args:
+        dim: channels of the embeddings.
+        fingerprint: of the encoder that made them.
+    """
+    return OnDemand(ENCODERS[config.type], config, dim, fingerprint)
 
 
 def load_text_encoder(folder: Path) -> TextEncoder:

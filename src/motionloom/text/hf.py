@@ -3,23 +3,31 @@
 Each architecture gets the class that is only its text part: the encoder stack of an encoder-decoder, the text
 tower of CLIP, the language model inside a multimodal one. The embedding is the last hidden state.
 
+What becomes of padding differs in the field. Wan (UMT5-XXL, 512 tokens) embeds the caption alone and shows
+its backbone zeros behind it; CogVideoX (T5-XXL, 226 tokens) has the encoder read the padding like words, and
+the backbone see all of it. Backbones that know which tokens are valid need neither.
+
 Shapes: B batch, L text tokens of one caption, C channels.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from motionloom.config.recipe import TextEncoderConfig
 from motionloom.errors import UserError
+
+Padding = Literal["hidden", "zero", "attended"]
 
 _TEXT_PART = {
     "t5": "T5EncoderModel",
@@ -35,22 +43,39 @@ class HFEncoder:
     """A frozen language model, read from a local folder or by hub name. Code from the hub is never run.
 
     Args:
-        dtype: of weights and embeddings.
+        dtype: of weights and embeddings; with ``int8`` (LLM.int8, 2208.07339) the weights of linear layers
+            take half the room of bfloat16, in which all else is computed.
         max_length: in the model's tokens; longer captions are cut (see `count_cut`).
+        padding: ``hidden``: it is not valid; ``zero``: it is, and zero; ``attended``: it is embedded too.
 
     Raises:
-        UserError: transformers is missing, the model cannot be had, or it cannot hold ``max_length``.
+        UserError: transformers is missing, the model cannot be had, it cannot hold ``max_length``, it has no
+            padding to attend to, or int8 cannot be had here.
     """
 
     trainable = False
 
-    def __init__(self, name_or_path: str, max_length: int, dtype: torch.dtype) -> None:
-        self.name_or_path, self.max_length, self.dtype = name_or_path, max_length, dtype
-        self.tokenizer, self.model = _read(name_or_path)
-        self.model = self.model.eval().requires_grad_(False).to(dtype)
+    def __init__(
+        self,
+        name_or_path: str,
+        max_length: int,
+        dtype: torch.dtype,
+        padding: Padding = "hidden",
+    ) -> None:
+        self.name_or_path, self.max_length, self.padding = name_or_path, max_length, padding
+        self.weight_dtype = dtype
+        self._fingerprint = ""
+        self.dtype = torch.bfloat16 if dtype == torch.int8 else dtype
+        self.tokenizer, self.model = _read(name_or_path, dtype)
+        self.model = self.model.eval().requires_grad_(False)
         # Left padding would shift the positions of short captions; the cache keeps the valid ones, a prefix.
         self.tokenizer.padding_side = self.tokenizer.truncation_side = "right"
         config = self.model.config
+        if padding == "attended" and self.tokenizer.pad_token_id is None:
+            raise UserError(
+                f"text_encoder.padding attended: the tokenizer of {name_or_path} has no padding token; set "
+                "text_encoder.padding=hidden"
+            )
         self.dim: int = getattr(config, "hidden_size", None) or config.d_model
         # T5 has relative positions and no such limit.
         longest = getattr(config, "max_position_embeddings", None) or max_length
@@ -61,17 +86,29 @@ class HFEncoder:
             )
 
     def to(self, device: torch.device | str) -> HFEncoder:
-        """Move the model; embeddings then come on that device."""
-        self.model.to(device)
+        """Move the model; embeddings then come on that device. An int8 model stays on its GPU."""
+        if self.weight_dtype != torch.int8:
+            self.model.to(device)
         return self
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Captions -> last hidden states (B, L, C), zero at padding, and validity (B, L); L = ``max_length``.
+        """Captions -> last hidden states (B, L, C), and validity (B, L); L = ``max_length``.
 
-        Valid tokens come first. A caption without any token (many decoders have no start token) becomes one
-        start, end or padding token, whichever the model has.
+        The caption's tokens come first; see ``padding`` for what follows. A caption without any token (many
+        decoders have no start token) becomes one start, end or padding token, whichever the model has.
         """
+        if self.padding == "attended":
+            return self._encode_all(captions)
+        ids_BL, valid_BL = self.token_ids(captions)
+        out = self.model(input_ids=ids_BL, attention_mask=valid_BL.long())
+        x_BLC = torch.where(valid_BL[..., None], out.last_hidden_state, 0).to(self.dtype)
+        after = self.max_length - x_BLC.shape[1]
+        x_BLC, valid_BL = F.pad(x_BLC, (0, 0, 0, after)), F.pad(valid_BL, (0, after))
+        return x_BLC, valid_BL | (self.padding == "zero")
+
+    def token_ids(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Token ids (B, l) on the model's device, and which are the caption's; l is the longest of them."""
         tokens = [ids[: self.max_length] or [self._blank()] for ids in self._tokens(captions, cut=True)]
         longest = max(map(len, tokens))
         ids_BL = torch.full((len(tokens), longest), self._blank())
@@ -80,37 +117,48 @@ class HFEncoder:
             ids_BL[row, : len(ids)] = torch.tensor(ids)
             valid_BL[row, : len(ids)] = True
         device = next(self.model.parameters()).device
-        ids_BL, valid_BL = ids_BL.to(device), valid_BL.to(device)
-        out = self.model(input_ids=ids_BL, attention_mask=valid_BL.long())
-        x_BLC = torch.where(valid_BL[..., None], out.last_hidden_state, 0).to(self.dtype)
-        after = self.max_length - longest
-        return torch.nn.functional.pad(x_BLC, (0, 0, 0, after)), torch.nn.functional.pad(valid_BL, (0, after))
+        return ids_BL.to(device), valid_BL.to(device)
+
+    def _encode_all(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Every row at full length, and no mask anywhere."""
+        ids_BL, valid_BL = self.token_ids(captions)
+        ids_BL = ids_BL.masked_fill(~valid_BL, self.tokenizer.pad_token_id)
+        ids_BL = F.pad(ids_BL, (0, self.max_length - ids_BL.shape[1]), value=self.tokenizer.pad_token_id)
+        x_BLC = self.model(input_ids=ids_BL).last_hidden_state.to(self.dtype)
+        return x_BLC, torch.ones_like(ids_BL, dtype=torch.bool)
 
     def count_cut(self, captions: Sequence[str]) -> int:
         """How many captions are longer than ``max_length`` tokens and lose their end."""
         return sum(len(ids) > self.max_length for ids in self._tokens(captions, cut=False))
 
     def fingerprint(self) -> str:
-        """SHA-256 over the weights as used, the tokenizer and the settings, wherever the files lie."""
+        """SHA-256 over the weights as used, the tokenizer and the settings, wherever the files lie.
+
+        Taken once: a frozen model of 10 GB would be read anew for every checkpoint that names it.
+        """
+        self._fingerprint = self._fingerprint or self._digest()
+        return self._fingerprint
+
+    def _digest(self) -> str:
         digest = hashlib.sha256()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+        digest_weights(digest, self.model.state_dict())
         digest.update(json.dumps(self.tokenizer.get_vocab(), sort_keys=True).encode())
         # A probe covers what the vocabulary does not say: merges, normalisation, start and end tokens.
         probe = ["", "A red circle, moving left; 3 Äpfel & 两只猫."]
         digest.update(json.dumps([self.max_length, self._tokens(probe, cut=True)]).encode())
+        if self.padding != "hidden":
+            digest.update(self.padding.encode())
         return digest.hexdigest()
 
     def save(self, folder: Path) -> None:
         """Write ``text_encoder.json``: which model, and its fingerprint. The weights stay where they are."""
         folder.mkdir(parents=True, exist_ok=True)
-        local = Path(self.name_or_path)
         settings = {
             "type": "hf",
-            "name_or_path": str(local.resolve()) if local.is_dir() else self.name_or_path,
+            "name_or_path": whole_path(self.name_or_path),
             "max_length": self.max_length,
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": str(self.weight_dtype).removeprefix("torch."),
+            "padding": self.padding,
             "fingerprint": self.fingerprint(),
         }
         (folder / "text_encoder.json").write_text(json.dumps(settings, indent=2) + "\n")
@@ -126,7 +174,21 @@ class HFEncoder:
         return next((i for n in names if (i := getattr(self.tokenizer, n)) is not None), 0)
 
 
-def _read(name: str) -> tuple[Any, Any]:
+def whole_path(name_or_path: str) -> str:
+    """A folder's absolute path; a hub name stays."""
+    local = Path(name_or_path)
+    return str(local.resolve()) if local.is_dir() else name_or_path
+
+
+def digest_weights(digest: hashlib._Hash, state: Mapping[str, Any]) -> None:
+    """Take the names, shapes, dtypes and numbers of weights into a digest."""
+    for name, tensor in sorted(state.items()):
+        if isinstance(tensor, Tensor):  # quantised layers add names of their format
+            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def _read(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     """Tokenizer and text model of a folder or hub name; every failure is one clear line."""
     try:
         import transformers
@@ -137,15 +199,16 @@ def _read(name: str) -> tuple[Any, Any]:
     local = Path(name)
     if (local.is_absolute() or name.startswith(".")) and not local.is_dir():
         raise UserError(f"text_encoder.name_or_path {name}: no such folder; check the path")
+    how = _int8() if dtype == torch.int8 else {"dtype": dtype}
     try:
         config = transformers.AutoConfig.from_pretrained(name)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(_tokenizer_folder(name))
         alone = _TEXT_PART.get(config.model_type)
         if alone == "CLIPTextModel":
             config = getattr(config, "text_config", config)
         loader = getattr(transformers, alone or "AutoModel")
         with _quiet():
-            model, read = loader.from_pretrained(name, config=config, output_loading_info=True)
+            model, read = loader.from_pretrained(name, config=config, output_loading_info=True, **how)
     except Exception as error:  # missing, damaged, gated, unknown: a library's failures are of every kind
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
@@ -157,7 +220,41 @@ def _read(name: str) -> tuple[Any, Any]:
             f"text_encoder.name_or_path {name}: lacks weights of a {type(model).__name__} ({missing[0]} and "
             f"{len(missing) - 1} more), which would be left random; name the folder of a whole model"
         )
-    return tokenizer, model if alone else _text_part(model)
+    model = model if alone else _text_part(model)
+    # Some architectures keep a few layers wider than they were asked to.
+    return tokenizer, model if dtype == torch.int8 else model.to(dtype)
+
+
+def _tokenizer_folder(name: str) -> str:
+    """Where the tokenizer is: with the model or, in a folder of diffusers, beside it."""
+    local = Path(name)
+    beside = local.parent / "tokenizer"
+    alone = local.is_dir() and not (local / "tokenizer_config.json").exists()
+    return str(beside) if alone and (beside / "tokenizer_config.json").exists() else name
+
+
+def _int8() -> dict[str, Any]:
+    """How transformers is told to load 8-bit weights.
+
+    Raises:
+        UserError: bitsandbytes or a GPU is missing.
+    """
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(
+            "text_encoder.dtype int8 needs bitsandbytes, which is not installed: pip install "
+            "'motionloom[int8]', or set text_encoder.dtype=bfloat16"
+        )
+    if not torch.cuda.is_available():
+        raise UserError(
+            "text_encoder.dtype int8 needs a CUDA GPU, and there is none: set text_encoder.dtype=bfloat16"
+        )
+    from transformers import BitsAndBytesConfig
+
+    return {
+        "dtype": torch.bfloat16,
+        "quantization_config": BitsAndBytesConfig(load_in_8bit=True),
+        "device_map": {"": torch.cuda.current_device()},
+    }
 
 
 @contextmanager
@@ -186,9 +283,20 @@ def _text_part(model: Any) -> Any:
     return model
 
 
+def describe(config: TextEncoderConfig) -> dict[str, Any]:
+    """What `HFEncoder.save` writes of the encoder that a recipe names, but for its fingerprint."""
+    return {
+        "type": "hf",
+        "name_or_path": whole_path(config.name_or_path),
+        "max_length": config.max_length,
+        "dtype": config.dtype,
+        "padding": config.padding,
+    }
+
+
 def build(config: TextEncoderConfig, seed: int) -> HFEncoder:
     """The encoder that a recipe names; frozen, so ``seed`` decides nothing."""
-    return HFEncoder(config.name_or_path, config.max_length, getattr(torch, config.dtype))
+    return HFEncoder(config.name_or_path, config.max_length, getattr(torch, config.dtype), config.padding)
 
 
 def load(folder: Path, settings: dict[str, Any]) -> HFEncoder:
@@ -198,7 +306,8 @@ def load(folder: Path, settings: dict[str, Any]) -> HFEncoder:
         UserError: the model is gone, or is no longer the one that was saved.
     """
     name, note = settings["name_or_path"], folder / "text_encoder.json"
-    encoder = HFEncoder(name, settings["max_length"], getattr(torch, settings["dtype"]))
+    padding = settings.get("padding", "hidden")
+    encoder = HFEncoder(name, settings["max_length"], getattr(torch, settings["dtype"]), padding)
     if encoder.fingerprint() != settings["fingerprint"]:
         raise UserError(
             f"{name}: is not the text encoder that {note} was saved with (its weights or tokenizer changed); "
