@@ -22,7 +22,11 @@ from PIL import Image
 
 import motionloom.cli.console as console
 from cached import make_clip
+from motionloom.backbones import FAMILIES, build_backbone
+from motionloom.backbones.families import as_original
+from motionloom.backbones.weights import Sink, Weights, write_folder
 from motionloom.cli.main import main
+from motionloom.config.recipe import ModelConfig
 from motionloom.rng import numpy_rng
 
 COMMANDS = (
@@ -34,6 +38,7 @@ COMMANDS = (
     "generate",
     "inspect",
     "doctor",
+    "convert",
 )
 """In the order in which their examples build on one another."""
 
@@ -109,9 +114,19 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Ans
             make_clip(Path("my_clips") / f"{name}.mp4", i, frames=20, height=40, width=48)
         Path("my_clips/broken.mp4").write_bytes(b"not a video")
         Image.fromarray(numpy_rng("cli").integers(0, 256, (30, 40, 3), "uint8")).save("my_clips/a still.png")
+        tiny_wan(Path(example("convert")[1]))
         yield {c: call(*example(c), *SMALLER.get(c, []), "--json") for c in COMMANDS}
     finally:
         os.chdir(before)
+
+
+def tiny_wan(folder: Path) -> None:
+    """Weights as Wan's authors name them."""
+    wan = FAMILIES["wan"]
+    config = ModelConfig(type="wan", preset="tiny", patch=(1, 2, 2))
+    state = build_backbone(config, 16, 32).state_dict()
+    weights = as_original(Weights.of_tensors("tiny", state), wan)
+    write_folder(folder, Sink.of(weights), None)
 
 
 # Every command
@@ -139,7 +154,7 @@ def test_every_example_works(workshop: dict[str, Answer], command: str) -> None:
     assert "Traceback" not in answer.err
 
 
-@pytest.mark.parametrize("command", ["data shapeworld", "cache", "quickstart", "generate"])
+@pytest.mark.parametrize("command", ["data shapeworld", "cache", "quickstart", "generate", "convert"])
 def test_long_work_tells_its_rate_and_the_time_left(workshop: dict[str, Answer], command: str) -> None:
     lines = re.findall(r".+: (\d+) of (\d+), (\S+)/s(.*)", workshop[command].err)
     assert lines
@@ -374,6 +389,18 @@ MISTAKES = [
     ("cache quickstart --out x", "--manifest"),
     ("generate runs/mine --prompt a --out x --steps 0", "--steps"),
     ("train quickstart --nosuch", "--nosuch"),
+    ("convert nowhere x", "nowhere: no such file or folder of weights"),
+    ("convert empty x", "empty holds no .safetensors file"),
+    ("convert foreign.pt x", "foreign.pt is no file of torch.save"),
+    ("convert runs/mine x", "holds a joint, which diffusers does not know"),
+    ("convert Wan2.1-T2V-1.3B a_file", "a_file is there already and is not overwritten"),
+    ("convert Wan2.1-T2V-1.3B x --to onnx", "choose one of diffusers, original"),
+    ("convert Wan2.1-T2V-1.3B x --dtype fp8", "choose one of keep, fp32, bf16"),
+    ("convert Wan2.1-T2V-1.3B x --family vae", "choose one of wan, cogvideox, ltx2"),
+    ("convert Wan2.1-T2V-1.3B x --family ltx2", "holds weights of wan, not of ltx2"),
+    ("convert Wan2.1-T2V-1.3B x --preset tiny", "say --family as well"),
+    ("convert Wan2.1-T2V-1.3B x --shard-size big", "for instance 5GB or 800MB"),
+    ("convert Wan2.1-T2V-1.3B x --raw", "is no checkpoint of motionloom"),
     ("nosuch", "nosuch"),
 ]
 

@@ -146,6 +146,8 @@ def test_a_recipe_is_frozen():
         ("name", "experiment_name"),
         ("ema.ema_decay", "ema.decay"),
         ("train.video.fps", "video.fps"),
+        ("pretrained_model_name_or_path", "model.name_or_path"),
+        ("lora.tragets", "lora.targets"),
     ],
 )
 def test_an_unknown_key_names_the_nearest(write, key, meant):
@@ -202,7 +204,7 @@ def test_several_problems_come_together_and_not_more_than_five(write):
         ("train: {betas: [0.9, 2]}", "train.betas[1] is 2;"),
         ("train: {sample_prompts: a cat}", 'is "a cat"; expected a list, each item a text'),
         ("train: {clip_grad_norm: -1}", "expected a number above 0 or null"),
-        ("model: {type: unet}", 'model.type is "unet"; expected factorized or joint'),
+        ("model: {type: unet}", 'model.type is "unet"; expected factorized, joint, wan, cogvideox or ltx2'),
         ("preprocess: {background: [0, 0, 256]}", "preprocess.background[2] is 256"),
         ("preprocess: {seed: -1}", "expected a whole number of at least 0 or null"),
         ("experiment_name: a/b", "expected a text of letters, digits"),
@@ -245,6 +247,33 @@ def test_a_wrong_value_names_key_value_and_what_is_expected(write, line, told):
         (["train.sample_cfg_interval=[0.5, 0.5]"], "low < high"),
         (["train.objective=ddpm_v", "flow_matching.path=cosine"], "use path linear or objective flow"),
         (["train.schedule=cosine", "train.warmup_steps=1000"], "use fewer"),
+        (["diffusion.beta_start=0.1"], "diffusion.beta_start 0.1 is above diffusion.beta_end 0.02: lower it"),
+        (["model.preset=tiny"], "names sizes of wan, cogvideox or ltx2, but model.type is factorized"),
+        (["model.name_or_path=x"], "start from a checkpoint of your own with train.init_from"),
+        (["model.type=wan"], "model.type wan has no sizes yet: set model.preset"),
+        (
+            ["model.type=wan", "model.preset=x", "model.dim=64"],
+            "model.dim cannot be chosen for model.type wan",
+        ),
+        (["model.type=wan", "model.preset=x", "model.depth=2", "model.dropout=0.1"], "leave them out"),
+        (["model.type=ltx2", "model.preset=x", "model.prediction=noise"], "ltx2 answers with a velocity"),
+        (["lora.enabled=true"], "there is no base"),
+        (["tokenizer.type=wan_vae"], "set tokenizer.name_or_path to a folder with a diffusers VAE"),
+        (["tokenizer.type=wan_vae", "tokenizer.name_or_path=x"], "set tokenizer.first_alone to true"),
+        (
+            [
+                "tokenizer={type: wan_vae, name_or_path: x, first_alone: true, tile: 60}",
+                "video.num_frames=17",
+            ],
+            "tokenizer.tile 60 does not divide by tokenizer.latent_f 8: take off 4",
+        ),
+        (
+            [
+                "tokenizer={type: wan_vae, name_or_path: x, first_alone: true, tile: 64}",
+                "video.num_frames=17",
+            ],
+            "tokenizer.tile_overlap 64 leaves nothing of tokenizer.tile 64: use less",
+        ),
     ],
 )
 def test_values_that_do_not_fit_together_name_the_mend(write, overrides, mend):
@@ -321,6 +350,15 @@ def test_every_packaged_recipe_loads_and_round_trips(write, name):
     assert recipe.experiment_name == name
     assert load_recipe(find_recipe(name)) == recipe
     assert load_recipe(write(dump_recipe(recipe))) == recipe
+
+
+def test_sizes_that_a_published_backbone_does_not_read_are_not_written(write):
+    recipe = load_recipe(write("model: {type: wan, preset: tiny, patch: [1, 2, 2]}"))
+    assert recipe.model.imported
+    text = dump_recipe(recipe)
+    assert "num_heads" not in text
+    assert "preset: tiny" in text
+    assert load_recipe(write(text)) == recipe
 
 
 def test_the_recipes_of_the_readme_are_there():

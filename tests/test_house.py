@@ -129,6 +129,13 @@ def calls() -> Iterator[tuple[str, ast.Call, str]]:
             yield name, node, ast.unparse(node.func)
 
 
+# Module and call -> why it may.
+MAY_UNPICKLE = {
+    ("backbones/weights/pickles.py", "torch.load"): "published weights that exist in no other form: tensors "
+    "alone, and only for `motionloom convert`",
+}
+
+
 def test_nothing_unpickles():
     found = []
     for name, node in nodes():
@@ -140,6 +147,8 @@ def test_nothing_unpickles():
         given = {word.arg: word.value for word in call.keywords}
         allowed = isinstance(given.get("allow_pickle"), ast.Constant) and given["allow_pickle"].value is True
         unsafe = "weights_only" in given and ast.unparse(given["weights_only"]) != "True"
+        if (name, called) in MAY_UNPICKLE and "weights_only" in given and not unsafe:
+            continue
         if called == "torch.load" or allowed or unsafe:
             found.append(f"{name}:{call.lineno} {called}")
     assert not found

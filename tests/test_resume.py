@@ -27,9 +27,9 @@ TWO_RANKS = {"sharding": "fsdp", "grad_accum_steps": 4, "schedule": "cosine", "w
 TIMED = {"samples_per_second", "tokens_per_second", "peak_memory_gib"}
 
 
-def start(ranks: int, *args: str) -> subprocess.Popen[str]:
-    """The toy program, under torchrun when it has several ranks, in a process group of its own."""
-    command = [sys.executable, str(PROGRAM), *args]
+def start(ranks: int, *args: str, program: Path = PROGRAM) -> subprocess.Popen[str]:
+    """A program of the tests, under torchrun when it has several ranks, in a process group of its own."""
+    command = [sys.executable, str(program), *args]
     if ranks > 1:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))

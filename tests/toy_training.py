@@ -1,7 +1,7 @@
 """A toy run for the trainer's tests; also a program, so that it can be killed and started on several ranks.
 
 python toy_training.py fit RUN_DIR RECIPE_JSON [--resume] [--pause SECONDS]
-python toy_training.py compare OUT_JSON          # under torchrun: gradients against a single process
+python toy_training.py compare RUN_DIR RECIPE_JSON   # under torchrun: gradients against one process, then fit
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from motionloom.rng import numpy_rng, torch_generator
 from motionloom.text.hash import HashEncoder
 from motionloom.tokenizers.base import TokenizerSpec
 from motionloom.train import Losses, Progress, StepContext, Trainer
+from motionloom.train.lora import add_lora
 from motionloom.train.optim import adamw
 
 # Toys gain nothing from threads, and lose much when other programs keep the cores busy.
@@ -179,14 +180,26 @@ class Listener:
 
 
 def toy_denoise(recipe: Recipe, ranks: Ranks) -> Denoise:
-    """Sharded as the recipe says."""
+    """Sharded as the recipe says; with LoRA the words are frozen as well."""
     backbone = ToyBackbone(recipe.seed)
     text = HashEncoder(WORDS, 64, 5, seed=recipe.seed, trainable=True)
+    if recipe.lora.enabled:
+        toy_lora(backbone, recipe)
+        text.requires_grad_(False)
     parallelize(
         {"backbone": backbone, "text_encoder": text}, ranks, recipe.train.sharding, recipe.train.compile
     )
     plan = PLANS[recipe.plan.type]()
     return Denoise(recipe, backbone, plan, TokenizerSpec(CHANNELS, 8, 4), text)
+
+
+def toy_lora(backbone: ToyBackbone, recipe: Recipe) -> None:
+    """Adapters as if some steps were done: while B is 0, A has no gradient."""
+    base_dtype = torch.bfloat16 if recipe.train.precision == "bf16" else None
+    add_lora(backbone, recipe.lora, torch_generator(recipe.seed, "lora"), base_dtype)
+    for name, p in backbone.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, 0, 0.1, generator=torch_generator(recipe.seed, name))
 
 
 def toy_trainer(recipe: Recipe, run_dir: Path, ranks: Ranks | None = None, **options: Any) -> Trainer:
@@ -202,9 +215,12 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def gradients(sharding: str, ranks: Ranks, share: tuple[int, int]) -> tuple[dict[str, Tensor], float, float]:
+def gradients(
+    sharding: str, ranks: Ranks, share: tuple[int, int], options: dict[str, Any]
+) -> tuple[dict[str, Tensor], float, float]:
     """Whole gradients of the ranks ``range(*share)``, their norm, and the norm after clipping to 0.1."""
-    recipe = toy_recipe(sharding=sharding, cfg_dropout_prob=0.0)
+    exact = {"sharding": sharding, "cfg_dropout_prob": 0.0, "precision": "fp32"}
+    recipe = toy_recipe(**{**options, **exact})
     method = toy_denoise(recipe, ranks)
     parameters = [p for group in method.optimizers()["denoise"].param_groups for p in group["params"]]
     loss = Gradients(method.losses, parameters, method.modules().values(), ranks)
@@ -225,12 +241,12 @@ def gradients(sharding: str, ranks: Ranks, share: tuple[int, int]) -> tuple[dict
     return found, norm, float(grad_norm(parameters))
 
 
-def compare(out: Path, ranks: Ranks) -> None:
+def compare(out: Path, ranks: Ranks, options: dict[str, Any]) -> None:
     """The largest difference of gradients on these ranks to those of one process, and the norms."""
-    alone, norm, _ = gradients("ddp", Ranks(), (0, ranks.world))
+    alone, norm, _ = gradients("ddp", Ranks(), (0, ranks.world), options)
     result: dict[str, Any] = {"world": ranks.world, "single": {"norm": norm}}
     for sharding in ("ddp", "fsdp"):
-        found, norm, clipped = gradients(sharding, ranks, (ranks.rank, ranks.rank + 1))
+        found, norm, clipped = gradients(sharding, ranks, (ranks.rank, ranks.rank + 1), options)
         result[sharding] = {"norm": norm, "clipped": clipped, "same_names": found.keys() == alone.keys()}
         result[sharding]["difference"] = max(
             (float((found[n] - alone[n]).abs().max()) for n in found), default=0
@@ -251,7 +267,7 @@ def main() -> None:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / f"{ranks.rank}.pid").write_text(str(os.getpid()))
         if args.what == "compare":
-            compare(args.out / "found.json", ranks)
+            compare(args.out / "found.json", ranks, json.loads(args.recipe))
         heldout = ToyLoader(2, ranks.rank, "heldout")
         recipe = toy_recipe(**json.loads(args.recipe))
         trainer = toy_trainer(recipe, args.out, ranks, heldout=heldout, reporter=Listener(args.pause))

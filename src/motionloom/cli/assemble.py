@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
-from motionloom.backbones import Factorized, Joint, build_backbone
+from motionloom.backbones import FAMILIES, BackboneModule, backbone_sizes, build_backbone
+from motionloom.backbones.families import Sizes, SizesNote, recognise
 from motionloom.backbones.prediction import Predictor
+from motionloom.backbones.weights import Weights, load_into, open_weights
+from motionloom.cli.adapters import Adapted, adapt, adapted_checkpoint, same_tokenizer
 from motionloom.config import Recipe, load_recipe, packaged_recipes
 from motionloom.data.cache import Cache
 from motionloom.data.loader import Loader
@@ -18,16 +22,23 @@ from motionloom.errors import UserError
 from motionloom.flow import PATHS
 from motionloom.generate import Model
 from motionloom.methods import METHODS, Denoise
-from motionloom.parallel import Ranks, fill, named_state, parallelize, why_not_compile
+from motionloom.parallel import Ranks, fill, load_weights, named_state, parallelize, why_not_compile
 from motionloom.plans import PLANS, Plan
 from motionloom.rng import torch_generator
-from motionloom.text import build_text_encoder, load_text_encoder
+from motionloom.text import build_text_encoder, cached_text_encoder, load_text_encoder
 from motionloom.text.base import TextEncoder
-from motionloom.tokenizers import Tokenizer, fit_tokenizer, load_tokenizer
+from motionloom.tokenizers import Tokenizer, fit_tokenizer, load_tokenizer, open_tokenizer
 from motionloom.tokenizers.base import TokenizerSpec
+from motionloom.tokenizers.vae import VaeTokenizer
 from motionloom.train import checkpoint
+from motionloom.train.checkpoint import Checkpoint, Saveable
 from motionloom.train.loop import OnSample, Trainer
+from motionloom.train.lora import measure_lengths
 from motionloom.train.report import Reporter
+from motionloom.train.tensors import Renamed, TensorFile
+
+LARGE = 500_000_000
+"""Parameters."""
 
 
 def build_plan(recipe: Recipe) -> Plan:
@@ -38,10 +49,74 @@ def build_plan(recipe: Recipe) -> Plan:
     return plan
 
 
-def new_backbone(recipe: Recipe, spec: TokenizerSpec, text_dim: int) -> Factorized | Joint:
-    """A backbone with fresh weights, keyed by the recipe's seed."""
-    backbone = build_backbone(recipe.model, spec.channels, text_dim)
-    backbone.init_weights(torch_generator(recipe.seed, "weights"))
+@dataclass(frozen=True)
+class Start:
+    """What a backbone starts from, besides the recipe."""
+
+    sizes: Sizes | None = None
+    """Of a published backbone; None for the own ones, whose sizes the recipe says."""
+    weights: Weights | None = None
+    """None: weights are drawn by the recipe's seed."""
+
+
+def backbone_start(recipe: Recipe) -> Start:
+    """Sizes and weights of the backbone that a recipe names; nothing is read but headers.
+
+    ``model.name_or_path`` may also be a run folder or checkpoint of this project: its (averaged) weights.
+
+    Raises:
+        UserError: no such preset, or weights that cannot be opened or are of another family or size.
+    """
+    model = recipe.model
+    if (base := adapted_checkpoint(recipe)) is not None:
+        return Start(None, checkpoint_weights(base, ema=True))
+    if not model.imported:
+        return Start()
+    if not model.name_or_path:
+        return Start(backbone_sizes(model))
+    path = Path(model.name_or_path).expanduser()
+    if not is_checkpoint(path):
+        found = recognise(open_weights(path), model.type, model.preset)
+        return Start(found.sizes, found.weights)
+    saved = checkpoint.load(path)
+    note = SizesNote.load(saved.folder / "backbone")
+    if note.family.name != model.type:
+        raise UserError(
+            f"{saved.folder} holds a {note.family.name}, but model.type is {model.type}: set that"
+        )
+    return Start(note.sizes, checkpoint_weights(saved, ema=True))
+
+
+def checkpoint_weights(saved: Checkpoint, *, ema: bool) -> Weights:
+    """The backbone's weights in a checkpoint, unread; averaged ones if asked for and there."""
+    return open_weights(saved.weights(ema).path).under("backbone.")
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a folder is a checkpoint of this project, or a run that holds them."""
+    return (path / checkpoint.MANIFEST).is_file() or (path / "checkpoints").is_dir()
+
+
+def new_backbone(
+    recipe: Recipe, spec: TokenizerSpec, text_dim: int, start: Start | None = None, device: str = "cpu"
+) -> BackboneModule:
+    """The backbone that a run starts with: its weights loaded, or drawn by the recipe's seed.
+
+    Args:
+        start: what :func:`backbone_start` found; None: it is asked.
+        device: where; ``meta`` is shapes alone, and loads nothing.
+    """
+    start = start or backbone_start(recipe)
+    shapes = device == "meta" or start.weights is not None
+    backbone = build_backbone(
+        recipe.model, spec.channels, text_dim, sizes=start.sizes, device="meta" if shapes else device
+    )
+    if device == "meta":
+        return backbone
+    if start.weights is not None:
+        load_into(backbone, start.weights, device=device)
+    else:
+        backbone.init_weights(torch_generator(recipe.seed, "weights"))
     return backbone
 
 
@@ -49,13 +124,33 @@ def recipe_spec(recipe: Recipe) -> TokenizerSpec:
     """The shape rule of the tokenizer that a recipe names or would fit."""
     config = recipe.tokenizer
     if config.name_or_path:
-        return load_tokenizer(config.name_or_path).spec
+        return open_tokenizer(config).spec
     return TokenizerSpec(config.latent_d, config.latent_f, config.latent_t, config.first_alone)
 
 
 def text_encoder_for(recipe: Recipe) -> TextEncoder:
-    """The recipe's text encoder; a trained one with fresh weights."""
-    return build_text_encoder(recipe.text_encoder, recipe.seed)
+    """The recipe's text encoder; a trained one with fresh weights, and under adapters the frozen one of their
+    base."""
+    if (base := adapted_checkpoint(recipe)) is None:
+        return build_text_encoder(recipe.text_encoder, recipe.seed)
+    text_encoder = load_text_encoder(base.folder / "text_encoder")
+    trained = _trained(text_encoder)
+    fill(named_state(trained), _only(base.weights(ema=True), "text_encoder."), str(base.folder))
+    for module in trained.values():
+        module.requires_grad_(False)
+    return text_encoder
+
+
+def training_text(recipe: Recipe, cache: Cache) -> TextEncoder:
+    """As :func:`text_encoder_for`; a large frozen model stays on the disk where its embeddings suffice."""
+    previews = recipe.train.sample_every_steps > 0  # better now than after a thousand steps
+    if recipe.text_encoder.type == "hash" or cache.text is None or previews:
+        return text_encoder_for(recipe)
+    return cached_text_encoder(recipe.text_encoder, cache.text.dim, cache.text.fingerprint)
+
+
+def _only(file: TensorFile, prefix: str) -> Renamed:
+    return Renamed(file, {name: name for name in file if name.startswith(prefix)})
 
 
 @dataclass(frozen=True)
@@ -66,7 +161,7 @@ class Parts:
     cache: Cache
     tokenizer: Tokenizer
     text_encoder: TextEncoder
-    backbone: Factorized | Joint
+    backbone: BackboneModule
     method: Denoise
     plan: Plan
     loader: Loader
@@ -74,6 +169,9 @@ class Parts:
     ranks: Ranks
     notes: tuple[str, ...]
     """What the user should know before it starts."""
+    start: Start = Start()
+    adapted: Adapted | None = None
+    """With LoRA: what is trained, and on which base."""
 
     def tokens_per_clip(self) -> int:
         """Video tokens of the longest clip."""
@@ -84,6 +182,11 @@ class Parts:
         """The model as it stands, for previews."""
         predictor = _predictor(self.recipe, self.backbone)
         return Model(self.recipe, self.tokenizer, self.text_encoder, predictor, self.plan, self.ranks.device)
+
+    def folders(self) -> dict[str, Saveable]:
+        """What a checkpoint carries besides weights, to be opened without anything else."""
+        note = {} if self.start.sizes is None else {"backbone": _note(self.recipe, self.start.sizes)}
+        return {"tokenizer": self.tokenizer, "text_encoder": self.text_encoder, **note}
 
     def trainer(
         self, run_dir: Path, reporter: Reporter | None = None, on_sample: OnSample | None = None
@@ -96,8 +199,9 @@ class Parts:
             self.ranks,
             run_dir,
             heldout=self.heldout,
-            folders={"tokenizer": self.tokenizer, "text_encoder": self.text_encoder},
+            folders=self.folders(),
             data=self.loader.fingerprint(),
+            base=self.adapted.base if self.adapted is not None else "",
             reporter=reporter,
             on_sample=on_sample,
         )
@@ -107,40 +211,86 @@ def assemble(recipe: Recipe, cache: Cache, ranks: Ranks) -> Parts:
     """Everything that training needs. Raises UserError if the cache is not the recipe's."""
     loader = Loader(cache, recipe, ranks.rank, ranks.world)
     heldout = Loader(cache, recipe, ranks.rank, ranks.world, split="heldout")
-    text_encoder = text_encoder_for(recipe)
+    text_encoder = training_text(recipe, cache)
     plan = build_plan(recipe)
     tokenizer = cache.tokenizer()
-    backbone = new_backbone(recipe, tokenizer.spec, text_encoder.dim)
+    same_tokenizer(adapted_checkpoint(recipe), tokenizer)
+    start = backbone_start(recipe)
+    # Weights that are there go straight to where each rank wants them; only shapes are built before.
+    read = {"backbone": start.weights} if start.weights is not None else {}
+    backbone = new_backbone(recipe, tokenizer.spec, text_encoder.dim, start, "meta" if read else "cpu")
     modules: dict[str, nn.Module] = {"backbone": backbone, **_trained(text_encoder)}
     obstacle = why_not_compile(ranks.device) if recipe.train.compile else ""
-    parallelize(modules, ranks, recipe.train.sharding, recipe.train.compile and not obstacle)
+    adapted = None
+    if recipe.lora.enabled:
+        assert start.weights is not None, "a LoRA recipe names a base"
+        half = torch.bfloat16 if recipe.train.precision == "bf16" else None
+        adapted = adapt(backbone, recipe, start.weights, ranks, half)
+        read = {"backbone": adapted.weights}
+    besides = adapted.besides if adapted is not None else ()
+    loaded = parallelize(
+        modules, ranks, recipe.train.sharding, recipe.train.compile and not obstacle, read, besides
+    )
+    measure_lengths(backbone)
     method = METHODS[recipe.train.method](recipe, backbone, plan, tokenizer.spec, text_encoder)
-    notes = (f"train.compile: {obstacle}",) if obstacle else ()
+    notes = [f"train.compile: {obstacle}"] if obstacle else []
+    notes += [f"{read[name].where}: {found}" for name, found in loaded.items()]
     return Parts(
-        recipe, cache, tokenizer, text_encoder, backbone, method, plan, loader, heldout, ranks, notes
+        recipe,
+        cache,
+        tokenizer,
+        text_encoder,
+        backbone,
+        method,
+        plan,
+        loader,
+        heldout,
+        ranks,
+        tuple(notes),
+        start,
+        adapted,
     )
 
 
 def fresh_model(recipe: Recipe, device: torch.device) -> Model:
-    """The model that training would start from. A tokenizer that is yet to be fitted is fitted on noise.
+    """The model that training would start from, for the doctor, who asks for shapes and wiring alone.
 
-    Only shapes and wiring of such a tokenizer mean anything; the doctor asks no more of it.
+    A tokenizer that is yet to be fitted is fitted on noise. Of a published backbone of more than
+    :data:`LARGE` parameters only the first blocks are built.
     """
     config = recipe.tokenizer
     if config.name_or_path:
-        tokenizer = load_tokenizer(config.name_or_path)
+        tokenizer = open_tokenizer(config)
     else:
         spec = recipe_spec(recipe)
         shape = (spec.pixel_frames(2), 4 * spec.spatial, 4 * spec.spatial, 3)
         noise = torch.rand((64, *shape), generator=torch_generator(recipe.seed, "noise")) * 255
         tokenizer = fit_tokenizer(config, list(noise.to(torch.uint8)))
     text_encoder = text_encoder_for(recipe)
-    backbone = new_backbone(recipe, tokenizer.spec, text_encoder.dim).to(device)
+    start = _thinned(recipe, backbone_start(recipe))
+    backbone = new_backbone(recipe, tokenizer.spec, text_encoder.dim, start).to(device)
     predictor = _predictor(recipe, backbone)
     return Model(recipe, tokenizer, text_encoder, predictor, build_plan(recipe), device)
 
 
-def _predictor(recipe: Recipe, backbone: Factorized | Joint) -> Predictor:
+def _thinned(recipe: Recipe, start: Start) -> Start:
+    """Two blocks of a large published backbone: all are wired alike."""
+    if start.sizes is None:
+        return start
+    family = FAMILIES[recipe.model.type]
+    if sum(map(math.prod, family.shapes(start.sizes).values())) <= LARGE:
+        return start
+    sizes: Any = start.sizes
+    thin: Sizes = replace(sizes, num_layers=min(2, sizes.num_layers))
+    kept = family.shapes(thin)
+    return Start(thin, None if start.weights is None else start.weights.only(kept))
+
+
+def _note(recipe: Recipe, sizes: Sizes) -> SizesNote:
+    return SizesNote(FAMILIES[recipe.model.type], sizes)
+
+
+def _predictor(recipe: Recipe, backbone: BackboneModule) -> Predictor:
     return Predictor(backbone, recipe.model.prediction, PATHS[recipe.flow_matching.path])
 
 
@@ -182,8 +332,13 @@ def names_recipe(what: str) -> bool:
     )
 
 
-def load_model(path: str | Path, *, raw: bool = False, device: str = "auto") -> Model:
+def load_model(
+    path: str | Path, *, raw: bool = False, device: str = "auto", shapes_only: bool = False
+) -> Model:
     """A model from a checkpoint or run folder, with averaged weights unless ``raw`` or none were kept.
+
+    Args:
+        shapes_only: build the backbone on ``meta``, to be looked at and not to be run.
 
     Raises:
         UserError: no checkpoint there, it is damaged, or no such device; says which.
@@ -193,11 +348,38 @@ def load_model(path: str | Path, *, raw: bool = False, device: str = "auto") -> 
     recipe = load_recipe(saved.folder / "recipe.yaml")
     tokenizer: Tokenizer = load_tokenizer(saved.folder / "tokenizer")
     text_encoder = load_text_encoder(saved.folder / "text_encoder")
-    backbone = build_backbone(recipe.model, tokenizer.spec.channels, text_encoder.dim)
+    sizes = SizesNote.load(saved.folder / "backbone").sizes if recipe.model.imported else None
+    backbone = build_backbone(
+        recipe.model, tokenizer.spec.channels, text_encoder.dim, sizes=sizes, device="meta"
+    )
     trained: dict[str, nn.Module] = {"backbone": backbone, **_trained(text_encoder)}
-    weights = saved.weights(ema=not raw)
-    fill(named_state(trained), weights, str(saved.folder))
+    if recipe.lora.enabled:
+        _add_adapters(saved, recipe, trained, place, shapes_only)
+    elif not shapes_only:
+        backbone.to_empty(device=place)
+    if not shapes_only:
+        if isinstance(tokenizer, VaeTokenizer):
+            tokenizer.to(place)
+        fill(named_state(trained), saved.weights(ema=not raw), str(saved.folder))
     for module in (backbone, text_encoder):
         if isinstance(module, nn.Module):
-            module.to(place).eval().requires_grad_(False)
+            module.to("meta" if shapes_only else place).eval().requires_grad_(False)
     return Model(recipe, tokenizer, text_encoder, _predictor(recipe, backbone), build_plan(recipe), place)
+
+
+def _add_adapters(
+    saved: Checkpoint, recipe: Recipe, modules: dict[str, nn.Module], place: torch.device, shapes_only: bool
+) -> None:
+    """The base's weights again, and adapters that are yet to be filled. Refuses another base."""
+    weights = backbone_start(recipe).weights
+    assert weights is not None, "a LoRA recipe names a base"
+    adapted = adapt(modules["backbone"], recipe, weights, Ranks())
+    if adapted.base != saved.state["identity"]["base"]:
+        raise UserError(
+            f"{weights.where} is not the base that {saved.folder} was trained on (its weights changed): put "
+            "the former weights back"
+        )
+    if recipe.lora.base and "text_encoder" in modules:
+        modules["text_encoder"].requires_grad_(False)
+    if not shapes_only:
+        load_weights(modules["backbone"], adapted.weights, Ranks(device=place), besides=adapted.besides)

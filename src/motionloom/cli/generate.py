@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -45,9 +46,22 @@ def parse_size(size: str | None) -> tuple[int | None, int | None]:
     return int(match[1]), int(match[2] or match[1])
 
 
-def run(checkpoint: Path, wish: Wish, out: Path, raw: bool, device: str, as_json: bool) -> None:
-    """Generate, write one file per prompt and a sheet of all."""
+def run(
+    checkpoint: Path,
+    wish: Wish,
+    out: Path,
+    raw: bool,
+    device: str,
+    as_json: bool,
+    loras: Sequence[str] = (),
+) -> None:
+    """Generate, write one file per prompt and a sheet of all.
+
+    Args:
+        loras: files to add, each with ``:strength`` or without.
+    """
     from motionloom.cli.assemble import load_model
+    from motionloom.cli.lora import into_weights
     from motionloom.data.media import write_video
     from motionloom.data.sheets import contact_sheet
     from motionloom.generate import ClipRequest, generate_clips, recipe_sampling
@@ -59,6 +73,7 @@ def run(checkpoint: Path, wish: Wish, out: Path, raw: bool, device: str, as_json
     height, width = parse_size(wish.size)
     console = Out(as_json)
     model = load_model(checkpoint, raw=raw, device=device)
+    into_weights(model, loras)
     new_folder(out)
     sampling = recipe_sampling(model.recipe, steps=wish.steps, guidance=wish.guidance, solver=wish.solver)
     request = ClipRequest(

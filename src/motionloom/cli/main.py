@@ -31,6 +31,9 @@ app = typer.Typer(
 data_app = typer.Typer(help="Make or collect captioned clips.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
+lora_app = typer.Typer(help="Adapters of a run, for other programs.", no_args_is_help=True)
+app.add_typer(lora_app, name="lora")
+
 # Wrong options and arguments. Typer exports only this child of it.
 _UsageError: Any = typer.BadParameter.__base__
 
@@ -190,6 +193,10 @@ def generate(
     raw: Annotated[
         bool, typer.Option("--raw", help="The last weights instead of the averaged ones.")
     ] = False,
+    lora: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FILE[:STRENGTH]", help="A LoRA to add; repeat for several at once."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
     as_json: Json = False,
 ) -> None:
@@ -199,7 +206,44 @@ def generate(
     request = command.Wish(
         tuple(prompt), steps, guidance, seed, negative, frames, size, first_frame, solver, format
     )
-    command.run(checkpoint, request, out, raw, device, as_json)
+    command.run(checkpoint, request, out, raw, device, as_json, lora or [])
+
+
+@lora_app.command(epilog="Example: motionloom lora export runs/lora_wan lora/style.safetensors")
+def export(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or one of its checkpoints.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The .safetensors file to write.")],
+    layout: Annotated[str, typer.Option(help="diffusers, or comfyui: the names of the model's authors.")] = (
+        "diffusers"
+    ),
+    dtype: Annotated[str, typer.Option(help="fp32, bf16 or fp16.")] = "fp32",
+    raw: Annotated[
+        bool, typer.Option("--raw", help="The last weights instead of the averaged ones.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write the adapters of a LoRA run as a file that diffusers or ComfyUI loads."""
+    from motionloom.cli import lora as command
+
+    command.export(run, out, layout, dtype, raw, as_json)
+
+
+@lora_app.command(
+    epilog="Example: motionloom lora merge models/wan/transformer models/mine --lora style.safetensors:0.8"
+)
+def merge(
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="A folder or file of weights.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="A new folder, in diffusers' layout.")],
+    lora: Annotated[
+        list[str],
+        typer.Option(metavar="FILE[:STRENGTH]", help="A LoRA to put in; repeat for several at once."),
+    ],
+    as_json: Json = False,
+) -> None:
+    """Put LoRA files into a model's weights for good."""
+    from motionloom.cli import lora as command
+
+    command.merge(base, out, lora, as_json)
 
 
 @app.command(epilog="Example: motionloom inspect caches/small --sheet sheet.png")
@@ -228,6 +272,31 @@ def doctor(
     from motionloom.cli import doctor as command
 
     command.run(what, overrides or [], cache, as_json)
+
+
+@app.command(epilog="Example: motionloom convert Wan2.1-T2V-1.3B models/wan-1.3b --dtype bf16")
+def convert(
+    source: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SRC", help="A folder or file of weights in either layout, or a run folder or checkpoint."
+        ),
+    ],
+    target: Annotated[Path, typer.Argument(metavar="DST", help="A new folder, or a new .safetensors file.")],
+    to: Annotated[str, typer.Option(help="diffusers, or original: as the authors name them.")] = "diffusers",
+    dtype: Annotated[str, typer.Option(help="keep, fp32 or bf16.")] = "keep",
+    family: Annotated[str, typer.Option(help="wan, cogvideox or ltx2; else told by the names.")] = "",
+    preset: Annotated[str, typer.Option(help="Sizes by name, where no config.json says them.")] = "",
+    shard_size: Annotated[str, typer.Option(help="Largest file of a folder.")] = "5GB",
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Of a checkpoint the last weights, not the averaged ones.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Weights of a published model into another layout, or out of a checkpoint. Nothing is overwritten."""
+    from motionloom.cli import convert as command
+
+    command.run(source, target, command.Wish(to, dtype, family, preset, shard_size, raw), as_json)
 
 
 def main() -> None:

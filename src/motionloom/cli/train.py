@@ -59,6 +59,8 @@ def show_start(console: Out, parts: Parts) -> None:
     """What becomes of every clip, and what else to know, before the first step."""
     for note in parts.notes:
         console.note(note)
+    if parts.adapted is not None:
+        console.table("LoRA", ["pattern", "modules", "parameters"], parts.adapted.table())
     for row in parts.loader.report():
         console.note(
             f"bucket {row.shape}: {row.clips} clips, {row.batches:.4g} batches per epoch, "

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from motionloom.config.keys import expected, flatten, keys, shown, unflatten, unknown
 from motionloom.config.mmdit import from_mmdit
-from motionloom.config.recipe import Recipe
+from motionloom.config.recipe import OWN_SIZES, Recipe
 from motionloom.config.yaml_text import read_yaml, write_yaml
 from motionloom.errors import UserError
 
@@ -75,8 +75,12 @@ def load_recipe_with_notes(
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The whole recipe as YAML, defaults written out; ``load_recipe`` reads it back equal."""
-    return write_yaml(recipe.model_dump(mode="json"))
+    """The whole recipe as YAML, defaults written out; ``load_recipe`` reads it back equal.
+
+    Sizes that the recipe's kind of backbone does not read are left out.
+    """
+    unread = {"model": set(OWN_SIZES)} if recipe.model.imported else None
+    return write_yaml(recipe.model_dump(mode="json", exclude=unread))
 
 
 def packaged_recipes() -> dict[str, Path]:

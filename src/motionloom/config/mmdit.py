@@ -68,8 +68,10 @@ _GONE = {
 }
 _GONE_SECTIONS = {
     "tread": "tokens are not routed around blocks, every block sees all of them",
-    "lora": "no adapters are added, every weight is trained",
+    "lora": "mmdit could not load a base to adapt; every weight is trained, see `lora` in the recipes guide",
 }
+_THEIR_LORA = ("lora.target_modules", "lora.train_lora_only")
+"""What mmdit's section has and our own has not."""
 
 _OBJECTIVES = {
     **dict.fromkeys(("ddpm", "ddpm_eps", "diffusion", "eps"), "ddpm_eps"),
@@ -112,11 +114,11 @@ def from_mmdit(flat: Mapping[str, Any], label: str) -> tuple[dict[str, Any], lis
 
 def _sign(flat: Mapping[str, Any]) -> str | None:
     """What shows that mmdit is meant; a key that only MotionLoom has says that it is not."""
-    ours = set(keys()) - _SAME - set(_GONE) - {"tokenizer.type"}
-    if ours & set(flat):
+    ours = {key for key in set(keys()) - _SAME - set(_GONE) if key.partition(".")[0] not in _GONE_SECTIONS}
+    if (ours - {"tokenizer.type"}) & set(flat):
         return None
     for key in flat:
-        if key.partition(".")[0] in _GONE_SECTIONS or (key in _GONE and key not in keys()):
+        if key not in keys() and (key.startswith("tread.") or key in _GONE or key in _THEIR_LORA):
             return key
     aliases = {
         "tokenizer.type": {"vtp", "dummy"},

@@ -6,7 +6,6 @@ Every key here is read by some code; a key that nothing reads does not belong in
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
@@ -16,6 +15,7 @@ NotNegative = Annotated[int, Field(ge=0)]
 Byte = Annotated[int, Field(ge=0, le=255)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
+BetweenZeroAndOne = Annotated[float, Field(gt=0.0, lt=1.0)]
 
 
 class Section(BaseModel):
@@ -66,9 +66,10 @@ class PreprocessConfig(Section):
 class TokenizerConfig(Section):
     """Pixels <-> latents. `patch` is fitted in closed form on the first clips that it sees."""
 
-    type: Literal["patch"] = "patch"
+    type: Literal["patch", "wan_vae", "cogvideox_vae", "ltx2_vae"] = "patch"
     name_or_path: str = Field(
-        default="", description="A saved tokenizer; empty: fit a new one while caching."
+        default="",
+        description="A saved tokenizer or a diffusers VAE folder; empty: fit a `patch` one while caching.",
     )
     latent_f: Positive = Field(default=8, description="Pixels per latent cell.")
     latent_t: Positive = Field(default=4, description="Frames per latent frame.")
@@ -79,24 +80,47 @@ class TokenizerConfig(Section):
         description="1: every channel has deviation 1; less: strong channels stay stronger, RMS 1.",
     )
     fit_clips: Positive = Field(default=512, description="How many clips the basis is fitted on.")
+    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="VAEs only: what they compute in.")
+    tile: NotNegative = Field(default=0, description="VAEs only: pixels of a square tile; 0: whole frames.")
+    tile_overlap: NotNegative = Field(default=64, description="VAEs only: pixels that tiles share.")
 
 
 class TextEncoderConfig(Section):
     """Captions -> token embeddings."""
 
-    type: Literal["hash", "hf"] = "hash"
+    type: Literal["hash", "hf", "ltx2"] = "hash"
     dim: Positive = Field(default=256, description="hash only; hf models bring their own.")
     vocab_size: Positive = Field(default=4096, description="hash only.")
     max_length: Positive = 32
-    name_or_path: str = Field(default="", description="hf only: a local folder or a hub name.")
+    name_or_path: str = Field(default="", description="hf, ltx2: a local folder or a hub name.")
+    connectors: str = Field(
+        default="", description="ltx2 only: a folder; empty: the one beside `name_or_path`."
+    )
+    padding: Literal["hidden", "zero", "attended"] = Field(
+        default="hidden",
+        description="hf only. Who sees it: nobody; backbones, as zeros (Wan); all, embedded (CogVideoX).",
+    )
     trainable: bool = Field(default=True, description="hash only: train the table with the model.")
-    dtype: Literal["float32", "bfloat16"] = Field(default="bfloat16", description="hf only.")
+    dtype: Literal["float32", "bfloat16", "int8"] = Field(
+        default="bfloat16", description="hf, ltx2. int8: weights alone, on a GPU, by bitsandbytes."
+    )
+
+
+OWN_BACKBONES = ("factorized", "joint")
+"""Backbones whose sizes a recipe chooses; the others take theirs from a preset or from the weights."""
+
+OWN_SIZES = ("dim", "depth", "num_heads", "mlp_ratio", "window_size", "dropout")
+"""Keys of ``model`` that only the own backbones read."""
 
 
 class ModelConfig(Section):
     """The backbone."""
 
-    type: Literal["factorized", "joint"] = "factorized"
+    type: Literal["factorized", "joint", "wan", "cogvideox", "ltx2"] = "factorized"
+    preset: str = Field(default="", description="wan, cogvideox, ltx2: name of published sizes.")
+    name_or_path: str = Field(
+        default="", description="wan, cogvideox, ltx2: weights to start from; a folder or a safetensors file."
+    )
     dim: Positive = 512
     depth: Positive = 8
     num_heads: Positive = 8
@@ -112,6 +136,33 @@ class ModelConfig(Section):
         default="velocity", description="What the network's output means; the loss follows `train.objective`."
     )
     checkpoint_blocks: bool = Field(default=False, description="Recompute blocks in the backward pass.")
+
+    @property
+    def imported(self) -> bool:
+        """Whether the sizes are those of a published model, and the sizes above are not read."""
+        return self.type not in OWN_BACKBONES
+
+
+class LoraConfig(Section):
+    """Low-rank adapters beside frozen weights (LoRA, 2106.09685); off: every weight is trained."""
+
+    enabled: bool = False
+    base: str = Field(
+        default="", description="A checkpoint of MotionLoom to adapt; empty: `model.name_or_path`."
+    )
+    rank: Positive = Field(default=32, description="Width of an adapter.")
+    alpha: Annotated[float, Field(gt=0)] = Field(
+        default=32.0, description="An adapter is added alpha / rank times."
+    )
+    dropout: BelowOne = Field(default=0.0, description="Of an adapter's input.")
+    targets: tuple[str, ...] = Field(
+        default=("to_q", "to_k", "to_v", "to_out.0"),
+        description="Ordered patterns of module names; the first that fits decides, ! leaves out.",
+    )
+    dora: bool = Field(default=False, description="Train the length of each row of the weights too.")
+    init: Literal["kaiming", "gaussian"] = Field(
+        default="kaiming", description="Of the down-projections; the others start at 0."
+    )
 
 
 class PlanConfig(Section):
@@ -135,7 +186,20 @@ class DiffusionConfig(Section):
     """Discrete noise schedule, for `train.objective: ddpm_*`."""
 
     num_timesteps: Positive = 1000
-    schedule: Literal["cosine", "linear"] = "cosine"
+    schedule: Literal["cosine", "linear", "scaled_linear"] = "cosine"
+    beta_start: BetweenZeroAndOne = Field(default=1e-4, description="linear and scaled_linear.")
+    beta_end: BetweenZeroAndOne = Field(default=2e-2, description="linear and scaled_linear.")
+    zero_terminal_snr: bool = Field(default=False, description="The last step holds no signal at all.")
+    snr_shift: Annotated[float, Field(gt=0)] = Field(
+        default=1.0, description="Every signal-to-noise ratio is divided by it."
+    )
+    spacing: Literal["linspace", "trailing"] = Field(default="linspace", description="Of sampling steps.")
+
+    @property
+    def schedule_terms(self) -> dict[str, Any]:
+        """The arguments of ``flow.DiscreteSchedule``."""
+        terms = self.model_dump()
+        return {"betas": terms.pop("schedule"), "steps": terms.pop("num_timesteps"), **terms}
 
 
 class FlowMatchingConfig(Section):
@@ -238,6 +302,7 @@ class Recipe(Section):
     tokenizer: TokenizerConfig = TokenizerConfig()
     text_encoder: TextEncoderConfig = TextEncoderConfig()
     model: ModelConfig = ModelConfig()
+    lora: LoraConfig = LoraConfig()
     plan: PlanConfig = PlanConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
     flow_matching: FlowMatchingConfig = FlowMatchingConfig()
@@ -246,75 +311,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
-        if problem := next(_misfits(self), None):
+        from motionloom.config.misfits import misfits  # which knows all sections, and so imports this file
+
+        if problem := next(misfits(self), None):
             raise ValueError(problem)
         return self
-
-
-def _misfits(r: Recipe) -> Iterator[str]:
-    """Cross-field problems, each with its mend."""
-    if r.model.dim % (2 * r.model.num_heads):
-        # Rotary positions turn pairs of channels, so every head needs an even number of them.
-        fitting = [h for h in range(1, r.model.num_heads) if r.model.dim % (2 * h) == 0]
-        yield (
-            f"model.dim {r.model.dim} does not divide into model.num_heads {r.model.num_heads} heads of an "
-            f"even width: use {f'num_heads {fitting[-1]}' if fitting else 'an even dim'}"
-        )
-    if r.text_encoder.type == "hf" and not r.text_encoder.name_or_path:
-        yield "text_encoder.name_or_path is empty but text_encoder.type is hf: give a folder or hub name"
-    if r.bucketing.enabled and not r.bucketing.buckets:
-        yield "bucketing.enabled is true but bucketing.buckets is empty: list [width, height] pairs"
-    if r.train.sample_cfg_interval[0] >= r.train.sample_cfg_interval[1]:
-        yield "train.sample_cfg_interval must be [low, high] with low < high"
-    if r.train.objective != "flow" and r.flow_matching.path != "linear":
-        yield "flow_matching.path cosine needs train.objective flow: use path linear or objective flow"
-    if r.train.schedule != "constant" and r.train.warmup_steps >= r.train.max_steps:
-        yield (
-            f"train.warmup_steps {r.train.warmup_steps} leaves none of train.max_steps {r.train.max_steps} "
-            f"for the {r.train.schedule} schedule: use fewer"
-        )
-    most = r.tokenizer.latent_f**2 * 3 * (1 if r.tokenizer.first_alone else r.tokenizer.latent_t)
-    if r.tokenizer.type == "patch" and r.tokenizer.latent_d > most:
-        yield f"tokenizer.latent_d {r.tokenizer.latent_d} is more than a patch has values: use at most {most}"
-    yield from _size_misfits(r)
-    yield from _length_misfits(r)
-
-
-def _size_misfits(r: Recipe) -> Iterator[str]:
-    """Widths and heights that do not divide into tokens."""
-    _, rows, columns = r.model.patch
-    steps = (r.tokenizer.latent_f * columns, r.tokenizer.latent_f * rows)
-    sizes = r.bucketing.buckets if r.bucketing.enabled else ((r.video.width, r.video.height),)
-    where = "a bucket's {} in bucketing.buckets:" if r.bucketing.enabled else "video.{}"
-    for size in sizes:
-        for name, pixels, step in zip(("width", "height"), size, steps, strict=True):
-            if pixels % step:
-                yield (
-                    f"{where.format(name)} {pixels} does not divide by {step} "
-                    f"(tokenizer.latent_f x model.patch): use {_neighbours(pixels, step)}"
-                )
-
-
-def _length_misfits(r: Recipe) -> Iterator[str]:
-    """Numbers of frames that do not divide into latent frames and tokens."""
-    several = r.bucketing.enabled and r.bucketing.frames
-    lengths = r.bucketing.frames if several else (r.video.num_frames,)
-    where = "bucketing.frames:" if several else "video.num_frames"
-    head, step = int(r.tokenizer.first_alone), r.tokenizer.latent_t
-    for frames in lengths:
-        if (frames - head) % step:
-            yield (
-                f"{where} {frames} is not {'1 + ' if head else ''}a multiple of tokenizer.latent_t {step}: "
-                f"use {_neighbours(frames, step, head)}"
-            )
-        elif (head + (frames - head) // step) % r.model.patch[0]:
-            yield (
-                f"{where} {frames} gives {head + (frames - head) // step} latent frames, which do not "
-                f"divide by model.patch[0] {r.model.patch[0]}: change one of them"
-            )
-
-
-def _neighbours(value: int, step: int, head: int = 0) -> str:
-    """The two values next to ``value`` of the form head + k x step, without the zero."""
-    below = (value - head) // step * step + head
-    return f"{below} or {below + step}" if below > 0 else f"{below + step}"

@@ -11,6 +11,7 @@ from motionloom.parallel.state import (
     named_state,
     whole,
 )
+from motionloom.parallel.weights import load_weights, local_part
 
 __all__ = [
     "Gradients",
@@ -19,7 +20,9 @@ __all__ = [
     "fill",
     "grad_norm",
     "load_optimizer_state",
+    "load_weights",
     "local",
+    "local_part",
     "named_optimizer_state",
     "named_state",
     "parallelize",

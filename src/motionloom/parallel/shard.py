@@ -7,14 +7,17 @@ repeated parts are with ``blocks()``; nothing in it knows of ranks.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from types import MappingProxyType
 from typing import Literal
 
 import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
+from motionloom.backbones.weights import Loaded, Weights
 from motionloom.parallel.ranks import Ranks
+from motionloom.parallel.weights import load_weights
 
 
 def why_not_compile(device: torch.device) -> str:
@@ -31,19 +34,33 @@ def why_not_compile(device: torch.device) -> str:
 
 
 def parallelize(
-    modules: Mapping[str, nn.Module], ranks: Ranks, sharding: Literal["ddp", "fsdp"], compile: bool = False
-) -> None:
+    modules: Mapping[str, nn.Module],
+    ranks: Ranks,
+    sharding: Literal["ddp", "fsdp"],
+    compile: bool = False,
+    weights: Mapping[str, Weights] = MappingProxyType({}),
+    besides: Collection[str] = (),
+) -> dict[str, Loaded]:
     """Put modules on this rank's device, all ranks with the main rank's values, compiled and sharded in
     place.
+
+    A module that is named in ``weights`` may be on ``meta``: it gets its values from there once it has been
+    cut, so that no rank ever holds more than its own part. Those of its tensors that are named in ``besides``
+    (adapters) keep the values that they have, which must be the same on every rank.
 
     ``fsdp`` cuts the parameters of modules with ``blocks()`` over the ranks, block by block (FSDP2). The
     rest, and everything under ``ddp``, stays whole on each rank;
     :class:`~motionloom.parallel.gradients.Gradients` averages their gradients. Optimisers must be made after
     this call: sharding replaces the parameters.
+
+    Returns:
+        What this rank read for each module in ``weights``.
     """
-    for module in modules.values():
-        module.to(ranks.device)
-        _share_values(module, ranks)
+    loaded: dict[str, Loaded] = {}
+    for name, module in modules.items():
+        if name not in weights:
+            module.to(ranks.device)
+            _share_values(module, ranks)
         blocks = _blocks(module)
         if compile:
             for block in blocks:
@@ -55,10 +72,15 @@ def parallelize(
             warnings.filterwarnings("ignore", message=".*returned a view tensor.*")
             for part in (*blocks, module):
                 fully_shard(part, mesh=ranks.mesh, reshard_after_forward=True)
+        if name in weights:
+            loaded[name] = load_weights(module, weights[name], ranks, besides=besides)
+    return loaded
 
 
 def _blocks(module: nn.Module) -> list[nn.Module]:
     blocks = getattr(module, "blocks", None)
+    if isinstance(blocks, nn.ModuleList):
+        return list(blocks)
     return list(blocks()) if callable(blocks) and not isinstance(blocks, nn.Module) else []
 
 

@@ -31,8 +31,17 @@ def whole(named: Iterable[tuple[str, Tensor]], ranks: Ranks) -> dict[str, Tensor
 
 
 def named_state(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    """Parameters and buffers as they stand (sharded or not), as ``module.path.of.tensor``."""
-    return {f"{top}.{name}": t for top, module in modules.items() for name, t in module.state_dict().items()}
+    """Parameters and buffers as they stand (sharded or not), as ``module.path.of.tensor``.
+
+    A frozen parameter is no state of a run: it never changes, and is read again where it came from.
+    """
+    frozen = {id(p) for module in modules.values() for p in module.parameters() if not p.requires_grad}
+    return {
+        f"{top}.{name}": t.detach()
+        for top, module in modules.items()
+        for name, t in module.state_dict(keep_vars=True).items()
+        if id(t) not in frozen
+    }
 
 
 @torch.no_grad()

@@ -30,8 +30,9 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from motionloom.backbones.weights import refuse_pickle
 from motionloom.errors import UserError
-from motionloom.train.tensors import TensorFile, refuse_pickle
+from motionloom.train.tensors import TensorFile
 
 FORMAT = 1
 MANIFEST = "manifest.json"

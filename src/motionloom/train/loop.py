@@ -66,6 +66,7 @@ class Trainer:
         heldout: clips that training never sees.
         folders: what each checkpoint carries besides weights, by folder name (tokenizer, text encoder).
         data: fingerprint of the training data; a resume on other data is refused.
+        base: fingerprint of the frozen weights that adapters belong to; likewise.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class Trainer:
         heldout: HeldOut | None = None,
         folders: Mapping[str, Saveable] | None = None,
         data: str = "",
+        base: str = "",
         reporter: Reporter | None = None,
         on_sample: OnSample | None = None,
     ) -> None:
@@ -95,7 +97,7 @@ class Trainer:
             method,
             self.ema,
             ranks,
-            self._identity(data),
+            self._identity(data, base),
             folders if folders is not None else {},
         )
         self._saved: Path | None = None
@@ -260,10 +262,10 @@ class Trainer:
                 "or start another with experiment_name=..."
             )
 
-    def _identity(self, data: str) -> Identity:
+    def _identity(self, data: str, base: str) -> Identity:
         c, world = self._config, self._ranks.world
         sharding = c.sharding if world > 1 else "none"
-        return Identity(self._recipe.seed, world, c.batch_size, c.grad_accum_steps, sharding, data)
+        return Identity(self._recipe.seed, world, c.batch_size, c.grad_accum_steps, sharding, data, base)
 
     def _last_good(self) -> str:
         newest = checkpoint.latest(self._run_dir)

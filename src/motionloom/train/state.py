@@ -39,12 +39,14 @@ class Identity:
     sharding: str
     data: str
     """Fingerprint of the cache and the split that training reads."""
+    base: str = ""
+    """Fingerprint of the frozen weights that adapters belong to; none: every weight is trained."""
 
     def refuse_unless(self, saved: dict[str, Any], where: str) -> None:
         """Raises UserError naming what differs from the checkpoint's identity, and the way out."""
-        now = asdict(self)
+        now, before = asdict(self), {"base": "", **saved}
         differ = [
-            f"{key} was {saved.get(key)!r}, is {now[key]!r}" for key in now if saved.get(key) != now[key]
+            f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in now if before.get(key) != now[key]
         ]
         if differ:
             raise UserError(

@@ -1,0 +1,155 @@
+"""``motionloom lora``: adapters of a run as a file for other programs, and files on a model for sampling."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from motionloom.cli.console import Out
+from motionloom.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from motionloom.backbones.keys import KeyMap
+    from motionloom.generate import Model
+    from motionloom.train.lora import Adapter
+
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+
+
+def export(run: Path, out: Path, layout: str, dtype: str, raw: bool, as_json: bool) -> None:
+    """Write the adapters of a checkpoint. The base is not needed."""
+    import torch
+
+    from motionloom.config import load_recipe
+    from motionloom.train import checkpoint
+    from motionloom.train.lora_files import LAYOUTS, checkpoint_adapters, write_lora
+
+    if layout not in LAYOUTS:
+        raise UserError(f"--layout {layout}: choose one of {', '.join(LAYOUTS)}")
+    if dtype not in DTYPES:
+        raise UserError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
+    if out.suffix != ".safetensors":
+        raise UserError(f"{out}: name a file that ends in .safetensors")
+    saved = checkpoint.load(run)
+    recipe = load_recipe(saved.folder / "recipe.yaml")
+    if not recipe.lora.enabled:
+        raise UserError(
+            f"{saved.folder} holds no LoRA: its run trained every weight; write those with motionloom convert"
+        )
+    adapters = checkpoint_adapters(saved.weights(ema=not raw), recipe.lora.alpha)
+    notes = {
+        "base": recipe.lora.base or recipe.model.name_or_path,
+        "base_sha256": saved.state["identity"]["base"],
+        "rank": str(recipe.lora.rank),
+        "alpha": str(recipe.lora.alpha),
+        "step": str(saved.step),
+    }
+    write_lora(
+        out,
+        adapters,
+        layout,
+        family=recipe.model.type,
+        original=_original(recipe.model.type),
+        notes=notes,
+        dtype=getattr(torch, DTYPES[dtype]),
+    )
+    size, lora = out.stat().st_size, recipe.lora
+    Out(as_json).result(
+        {"file": str(out), "layout": layout, "layers": len(adapters), "bytes": size, **notes},
+        [f"{out}: {len(adapters)} layers, rank {lora.rank}, alpha {lora.alpha:g}, {size:,} bytes"],
+    )
+
+
+def merge(base: Path, out: Path, wishes: Sequence[str], as_json: bool) -> None:
+    """Weights with LoRA files in them, as diffusers reads them; one tensor at a time is in memory."""
+    from motionloom.backbones.families import recognise
+    from motionloom.backbones.weights import DIFFUSERS_NAME, Sink, open_weights, write_folder
+
+    found = recognise(open_weights(base))
+    shapes = {
+        name.removesuffix(".weight"): stored.shape
+        for name, stored in found.weights.tensors.items()
+        if name.endswith(".weight") and len(stored.shape) == 2
+    }
+    files = [
+        (read_fitting(path, shapes, found.family.name), strength)
+        for path, strength in map(parse_file, wishes)
+    ]
+    plain = Sink.of(found.weights)
+
+    def read(name: str) -> Tensor:
+        weight = plain.read(name)
+        dtype, layer = weight.dtype, name.removesuffix(".weight")
+        for adapters, strength in files if name.endswith(".weight") else ():
+            if layer in adapters:
+                weight = adapters[layer].merged(weight.float(), strength)
+        return weight.to(dtype)
+
+    console = Out(as_json)
+    with console.progress("tensors") as advance:
+        config = found.sizes.to_diffusers()
+        sink = Sink(plain.shapes, plain.dtypes, read)
+        written = write_folder(out, sink, config, name=DIFFUSERS_NAME, progress=advance)
+    changed = len({layer for adapters, _ in files for layer in adapters})
+    console.result(
+        {"folder": str(out), "files": [file.name for file in written], "layers": changed},
+        [f"{out}: {len(wishes)} LoRA in {changed} of {len(shapes)} layers of {base}"],
+    )
+
+
+def read_fitting(path: Path, shapes: Mapping[str, tuple[int, ...]], kind: str) -> dict[str, Adapter]:
+    """The adapters of a file for a model of ``kind`` (``model.type``) with such layers.
+
+    Raises:
+        UserError: it cannot be read, or is of another model or size.
+    """
+    from motionloom.train.lora import check_fits
+    from motionloom.train.lora_files import read_lora
+
+    adapters = read_lora(path, shapes, _original(kind))
+    check_fits(adapters, shapes, str(path))
+    return adapters
+
+
+def into_weights(model: Model, wishes: Sequence[str]) -> None:
+    """The model's own adapters, if it has any, and those of ``wishes`` (``FILE`` or ``FILE:STRENGTH``) become
+    part of its weights: they then cost nothing.
+
+    Raises:
+        UserError: as :func:`read_fitting`.
+    """
+    from torch import nn
+
+    from motionloom.train.lora import attach, layer_shapes, merge_into_base
+
+    backbone = model.predictor.backbone
+    assert isinstance(backbone, nn.Module)
+    shapes = layer_shapes(backbone)
+    for n, (path, strength) in enumerate(map(parse_file, wishes)):
+        attach(backbone, read_fitting(path, shapes, model.recipe.model.type), f"file{n}", strength)
+    merge_into_base(backbone)
+    backbone.eval().requires_grad_(False)
+
+
+def parse_file(wish: str) -> tuple[Path, float]:
+    """``style.safetensors:0.8`` -> (path, strength); without a strength it is 1."""
+    path, colon, strength = wish.rpartition(":")
+    if not colon or "/" in strength or "\\" in strength or strength.endswith(".safetensors"):
+        return Path(wish), 1.0
+    try:
+        number = float(strength)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise UserError(f"--lora {wish}: {strength!r} is no number: write FILE or FILE:0.8")
+    return Path(path), number
+
+
+def _original(kind: str) -> KeyMap | None:
+    from motionloom.backbones import FAMILIES
+
+    return FAMILIES[kind].original_keys if kind in FAMILIES else None

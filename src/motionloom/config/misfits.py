@@ -1,0 +1,186 @@
+"""What of a recipe does not fit together, each with its mend: checks over several keys."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from motionloom.config.recipe import OWN_SIZES, ModelConfig, Recipe, TextEncoderConfig, TokenizerConfig
+
+
+def misfits(r: Recipe) -> Iterator[str]:
+    """Cross-field problems, each with its mend."""
+    yield from _imported_misfits(r) if r.model.imported else _own_misfits(r.model)
+    yield from _lora_misfits(r)
+    yield from _text_misfits(r.text_encoder)
+    if r.bucketing.enabled and not r.bucketing.buckets:
+        yield "bucketing.enabled is true but bucketing.buckets is empty: list [width, height] pairs"
+    if r.train.sample_cfg_interval[0] >= r.train.sample_cfg_interval[1]:
+        yield "train.sample_cfg_interval must be [low, high] with low < high"
+    if r.train.objective != "flow" and r.flow_matching.path != "linear":
+        yield "flow_matching.path cosine needs train.objective flow: use path linear or objective flow"
+    if r.diffusion.beta_start > r.diffusion.beta_end:
+        yield (
+            f"diffusion.beta_start {r.diffusion.beta_start} is above diffusion.beta_end "
+            f"{r.diffusion.beta_end}: lower it"
+        )
+    if r.train.schedule != "constant" and r.train.warmup_steps >= r.train.max_steps:
+        yield (
+            f"train.warmup_steps {r.train.warmup_steps} leaves none of train.max_steps {r.train.max_steps} "
+            f"for the {r.train.schedule} schedule: use fewer"
+        )
+    most = r.tokenizer.latent_f**2 * 3 * (1 if r.tokenizer.first_alone else r.tokenizer.latent_t)
+    if r.tokenizer.type == "patch" and r.tokenizer.latent_d > most:
+        yield f"tokenizer.latent_d {r.tokenizer.latent_d} is more than a patch has values: use at most {most}"
+    yield from _vae_misfits(r.tokenizer)
+    yield from _size_misfits(r)
+    yield from _length_misfits(r)
+
+
+def _text_misfits(text: TextEncoderConfig) -> Iterator[str]:
+    """Keys of one text encoder that another does not read, and what it cannot do without."""
+    if text.type != "hash" and not text.name_or_path:
+        yield (
+            f"text_encoder.name_or_path is empty but text_encoder.type is {text.type}: give a folder or hub "
+            "name"
+        )
+    if text.type != "hf" and text.padding != "hidden":
+        yield f"text_encoder.padding {text.padding} is for text_encoder.type hf, not {text.type}: drop it"
+    if text.type != "ltx2" and text.connectors:
+        yield f"text_encoder.connectors are for text_encoder.type ltx2, not {text.type}: leave them out"
+
+
+def _own_misfits(model: ModelConfig) -> Iterator[str]:
+    """Sizes of the own backbones, and keys that only the others have."""
+    if model.dim % (2 * model.num_heads):
+        # Rotary positions turn pairs of channels, so every head needs an even number of them.
+        fitting = [h for h in range(1, model.num_heads) if model.dim % (2 * h) == 0]
+        yield (
+            f"model.dim {model.dim} does not divide into model.num_heads {model.num_heads} heads of an "
+            f"even width: use {f'num_heads {fitting[-1]}' if fitting else 'an even dim'}"
+        )
+    if model.preset:
+        yield (
+            f"model.preset {model.preset} names sizes of wan, cogvideox or ltx2, but model.type is "
+            f"{model.type}: set model.type, or leave the preset out"
+        )
+    if model.name_or_path:
+        yield (
+            f"model.name_or_path is for wan, cogvideox and ltx2, but model.type is {model.type}: set "
+            f"model.type, or start from a checkpoint of your own with train.init_from"
+        )
+
+
+def _imported_misfits(r: Recipe) -> Iterator[str]:
+    """Keys that a backbone with published sizes does not have."""
+    model = r.model
+    if changed := [key for key in OWN_SIZES if key in model.model_fields_set]:
+        yield (
+            f"{', '.join(f'model.{key}' for key in changed)} cannot be chosen for model.type {model.type}, "
+            f"whose sizes come from model.preset or model.name_or_path: leave "
+            f"{'it' if len(changed) == 1 else 'them'} out"
+        )
+    if not model.preset and not model.name_or_path:
+        yield (
+            f"model.type {model.type} has no sizes yet: set model.preset (tiny, for instance), or "
+            f"model.name_or_path to a folder or file of weights"
+        )
+    if model.type == "cogvideox" and r.train.objective != "ddpm_v":
+        yield (
+            f"train.objective is {r.train.objective}, but cogvideox knows only the noise levels that it was "
+            f"trained on: set train.objective to ddpm_v"
+        )
+    if r.flow_matching.path != "linear":
+        yield f"flow_matching.path {r.flow_matching.path} is not {model.type}'s: leave it linear"
+    if model.prediction != "velocity":
+        yield (
+            f"model.prediction {model.prediction} is for the own backbones, {model.type} answers with a "
+            f"velocity: leave it out"
+        )
+
+
+def _lora_misfits(r: Recipe) -> Iterator[str]:
+    """Adapters that would have nothing to stand on."""
+    if not r.lora.enabled:
+        return
+    if not (r.model.name_or_path or r.lora.base):
+        yield "lora.enabled is true but there is no base: set model.name_or_path or lora.base"
+    if r.lora.base and r.model.imported:
+        yield (
+            f"lora.base is for factorized and joint, not {r.model.type}: name the checkpoint in "
+            "model.name_or_path"
+        )
+    if not r.lora.targets:
+        yield "lora.enabled is true but lora.targets is empty: name modules, such as [to_q, to_v]"
+    if r.lora.dropout > 0 and r.model.checkpoint_blocks:
+        yield (
+            "lora.dropout would differ where blocks are recomputed: set it to 0, or "
+            "model.checkpoint_blocks to false"
+        )
+
+
+def _vae_misfits(tokenizer: TokenizerConfig) -> Iterator[str]:
+    """A trained VAE is loaded, not fitted, and its shape rule is given."""
+    if tokenizer.type == "patch":
+        return
+    if not tokenizer.name_or_path:
+        yield (
+            f"tokenizer.type {tokenizer.type} is not fitted: set tokenizer.name_or_path to a folder with a "
+            f"diffusers VAE"
+        )
+    if not tokenizer.first_alone:
+        yield (
+            f"tokenizer.type {tokenizer.type} encodes the first frame alone: set tokenizer.first_alone to "
+            f"true"
+        )
+    if tokenizer.tile:
+        for key in ("tile", "tile_overlap"):
+            if pixels := getattr(tokenizer, key) % tokenizer.latent_f:
+                yield (
+                    f"tokenizer.{key} {getattr(tokenizer, key)} does not divide by tokenizer.latent_f "
+                    f"{tokenizer.latent_f}: take off {pixels}"
+                )
+        if tokenizer.tile_overlap >= tokenizer.tile:
+            yield (
+                f"tokenizer.tile_overlap {tokenizer.tile_overlap} leaves nothing of tokenizer.tile "
+                f"{tokenizer.tile}: use less"
+            )
+
+
+def _size_misfits(r: Recipe) -> Iterator[str]:
+    """Widths and heights that do not divide into tokens."""
+    _, rows, columns = r.model.patch
+    steps = (r.tokenizer.latent_f * columns, r.tokenizer.latent_f * rows)
+    sizes = r.bucketing.buckets if r.bucketing.enabled else ((r.video.width, r.video.height),)
+    where = "a bucket's {} in bucketing.buckets:" if r.bucketing.enabled else "video.{}"
+    for size in sizes:
+        for name, pixels, step in zip(("width", "height"), size, steps, strict=True):
+            if pixels % step:
+                yield (
+                    f"{where.format(name)} {pixels} does not divide by {step} "
+                    f"(tokenizer.latent_f x model.patch): use {_neighbours(pixels, step)}"
+                )
+
+
+def _length_misfits(r: Recipe) -> Iterator[str]:
+    """Numbers of frames that do not divide into latent frames and tokens."""
+    several = r.bucketing.enabled and r.bucketing.frames
+    lengths = r.bucketing.frames if several else (r.video.num_frames,)
+    where = "bucketing.frames:" if several else "video.num_frames"
+    head, step = int(r.tokenizer.first_alone), r.tokenizer.latent_t
+    for frames in lengths:
+        if (frames - head) % step:
+            yield (
+                f"{where} {frames} is not {'1 + ' if head else ''}a multiple of tokenizer.latent_t {step}: "
+                f"use {_neighbours(frames, step, head)}"
+            )
+        elif (head + (frames - head) // step) % r.model.patch[0]:
+            yield (
+                f"{where} {frames} gives {head + (frames - head) // step} latent frames, which do not "
+                f"divide by model.patch[0] {r.model.patch[0]}: change one of them"
+            )
+
+
+def _neighbours(value: int, step: int, head: int = 0) -> str:
+    """The two values next to ``value`` of the form head + k x step, without the zero."""
+    below = (value - head) // step * step + head
+    return f"{below} or {below + step}" if below > 0 else f"{below + step}"

@@ -1,0 +1,230 @@
+"""LoRA files: adapters out of a checkpoint, and in the layouts that diffusers and ComfyUI read.
+
+``diffusers``  ``transformer.<layer>.lora_A.weight`` (A), ``.lora_B.weight`` (B), ``.lora_magnitude_vector``
+               (DoRA); alpha stands in the header, under ``lora_adapter_metadata``, as peft's settings.
+``comfyui``    ``diffusion_model.<layer as its authors call it>.lora_A.weight`` ...; alpha stands beside them
+               as ``<layer>.alpha``. Readers of LTX-2 know no such tensor, or refuse the file for it: there B
+               is written alpha / rank times, which every reader understands.
+
+:func:`read_lora` knows both, kohya's ``lora_down``, ``lora_up`` and ``lora_unet_`` names, and peft's own.
+Without any alpha in a file alpha is the rank, as everywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+import motionloom
+from motionloom.backbones.keys import KeyMap
+from motionloom.errors import UserError
+from motionloom.train.lora import TRAINED, Adapter
+from motionloom.train.tensors import TensorFile
+
+Layout = Literal["diffusers", "comfyui"]
+LAYOUTS: tuple[Layout, ...] = ("diffusers", "comfyui")
+
+HEADER = "lora_adapter_metadata"
+_PREFIXES = ("transformer.", "model.diffusion_model.", "diffusion_model.", "base_model.model.")
+_PARTS = {
+    "lora_A": "down",
+    "lora_down": "down",
+    "lora_B": "up",
+    "lora_up": "up",
+    "alpha": "alpha",
+    "lora_magnitude_vector": "magnitude",
+    "dora_scale": "magnitude",
+}
+_KEY = re.compile(rf"(.+)\.({'|'.join(_PARTS)})(?:\.{TRAINED})?(?:\.weight)?")
+
+
+def checkpoint_adapters(tensors: Mapping[str, Tensor], alpha: float) -> dict[str, Adapter]:
+    """The adapters in a checkpoint's weights (``backbone.<layer>.lora_A.default.weight``), by layer."""
+    found = _collect({name.removeprefix("backbone."): t for name, t in tensors.items() if ".lora_" in name})
+    return {layer: _adapter(layer, parts, alpha, "the checkpoint") for layer, parts in found.items()}
+
+
+def write_lora(
+    path: Path,
+    adapters: Mapping[str, Adapter],
+    layout: Layout,
+    *,
+    family: str = "",
+    original: KeyMap | None = None,
+    notes: Mapping[str, str] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write adapters, by layer name, as one safetensors file.
+
+    Args:
+        family: ``model.type``.
+        original: how the family's authors call the layers; ``comfyui`` needs it.
+        notes: further texts for the header.
+
+    Raises:
+        UserError: the layout does not exist for this family or for DoRA, or the file cannot be written.
+    """
+    header = {"format": "pt", "motionloom": motionloom.__version__, **(notes or {})}
+    if layout == "diffusers":
+        tensors = {f"transformer.{name}": t for name, t in _tensors(adapters, lengths=True).items()}
+        settings = {f"transformer.{key}": value for key, value in _settings(adapters).items()}
+        header[HEADER] = json.dumps(settings, sort_keys=True)
+    else:
+        tensors = _comfyui(adapters, family, original)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(f"{path.name}.tmp")
+        save_file(
+            {name: t.to(dtype).contiguous() for name, t in tensors.items()}, unfinished, metadata=header
+        )
+        unfinished.replace(path)
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"{path} cannot be written ({error}): choose another place") from None
+
+
+def _tensors(adapters: Mapping[str, Adapter], *, lengths: bool) -> dict[str, Tensor]:
+    tensors = {}
+    for layer, one in adapters.items():
+        tensors[f"{layer}.lora_A.weight"] = one.down_RI
+        tensors[f"{layer}.lora_B.weight"] = one.up_OR
+        if lengths and one.magnitude_O is not None:
+            tensors[f"{layer}.lora_magnitude_vector"] = one.magnitude_O
+    return tensors
+
+
+def _settings(adapters: Mapping[str, Adapter]) -> dict[str, object]:
+    """peft's settings; layers that differ from the most usual rank and alpha are named."""
+    rank = Counter(one.rank for one in adapters.values()).most_common(1)[0][0]
+    alpha = Counter(one.alpha for one in adapters.values()).most_common(1)[0][0]
+    return {
+        "r": rank,
+        "lora_alpha": alpha,
+        "rank_pattern": {f"^{name}": one.rank for name, one in adapters.items() if one.rank != rank},
+        "alpha_pattern": {f"^{name}": one.alpha for name, one in adapters.items() if one.alpha != alpha},
+        "target_modules": sorted(adapters),
+        "use_dora": any(one.magnitude_O is not None for one in adapters.values()),
+        "lora_dropout": 0.0,
+        "bias": "none",
+    }
+
+
+def _comfyui(adapters: Mapping[str, Adapter], family: str, original: KeyMap | None) -> dict[str, Tensor]:
+    if original is None or family not in _ALPHA_BESIDE:
+        raise UserError(
+            f"the comfyui layout is for {', '.join(_ALPHA_BESIDE)}, and model.type is {family}: use diffusers"
+        )
+    if any(one.magnitude_O is not None for one in adapters.values()):
+        raise UserError("DoRA is not written in the comfyui layout: use diffusers")
+    beside = _ALPHA_BESIDE[family]
+    tensors: dict[str, Tensor] = {}
+    for name, origin in original.to_original([f"{layer}.weight" for layer in adapters]).items():
+        assert len(origin) == 1, "an adapted layer is one tensor in either layout"
+        one = adapters[origin[0].name.removesuffix(".weight")]
+        theirs = f"diffusion_model.{original.without_prefix(name).removesuffix('.weight')}"
+        tensors[f"{theirs}.lora_A.weight"] = one.down_RI
+        tensors[f"{theirs}.lora_B.weight"] = one.up_OR if beside else one.up_OR * (one.alpha / one.rank)
+        if beside:
+            tensors[f"{theirs}.alpha"] = torch.tensor(one.alpha)
+    return tensors
+
+
+_ALPHA_BESIDE = {"wan": True, "ltx2": False}
+"""Families that ComfyUI knows by their authors' names, and whether their readers take an alpha tensor."""
+
+
+def read_lora(path: Path, layers: Collection[str], original: KeyMap | None = None) -> dict[str, Adapter]:
+    """The adapters of a file by the names that ``layers`` (a model's linear layers) have.
+
+    Raises:
+        UserError: not a LoRA, not whole, or for layers that the model does not have; names the first.
+    """
+    file = TensorFile(path)
+    with safe_open(str(path), framework="pt") as opened:
+        settings = _own_settings(opened.metadata() or {}, path)
+    found = _collect(file)
+    if not found:
+        raise UserError(
+            f"{path} holds no LoRA: none of its tensors is a lora_A, lora_B, lora_down or lora_up"
+        )
+    known = _names(layers, original)
+    adapters = {}
+    for name, parts in found.items():
+        bare = next((name[len(p) :] for p in _PREFIXES if name.startswith(p)), name)
+        layer = known.get(_flat(bare.removeprefix("lora_unet_")))
+        if layer is None:
+            raise UserError(f"{path} adapts {bare}, which this model does not have: it is of another model")
+        alpha = _said_alpha(settings, bare)
+        adapters[layer] = _adapter(layer, parts, alpha, str(path))
+    return adapters
+
+
+def _collect(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Tensors of adapters by layer, then by kind; other tensors of the file are no part of a LoRA."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name in tensors:
+        if match := _KEY.fullmatch(name):
+            found.setdefault(match[1], {})[_PARTS[match[2]]] = tensors[name]
+    return found
+
+
+def _adapter(layer: str, parts: Mapping[str, Tensor], alpha: float | None, where: str) -> Adapter:
+    if missing := [kind for kind in ("down", "up") if kind not in parts]:
+        raise UserError(f"{where}: the {missing[0]}-projection of {layer} is missing: copy it again")
+    down_RI, up_OR = parts["down"], parts["up"]
+    if down_RI.ndim != 2 or up_OR.ndim != 2 or down_RI.shape[0] != up_OR.shape[1]:
+        raise UserError(
+            f"{where}: the matrices of {layer} do not fit together "
+            f"({tuple(down_RI.shape)} and {tuple(up_OR.shape)}): it is damaged, or not of linear layers"
+        )
+    if "alpha" in parts:
+        alpha = float(parts["alpha"])
+    magnitude = parts.get("magnitude")
+    return Adapter(
+        down_RI,
+        up_OR,
+        float(down_RI.shape[0]) if alpha is None else alpha,
+        None if magnitude is None else magnitude.flatten(),
+    )
+
+
+def _own_settings(header: Mapping[str, str], path: Path) -> dict[str, object]:
+    if HEADER not in header:
+        return {}
+    try:
+        settings = json.loads(header[HEADER])
+        return {key.removeprefix("transformer."): value for key, value in settings.items()}
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path}: {HEADER} in its header cannot be read ({error}): write it again") from None
+
+
+def _said_alpha(settings: Mapping[str, object], layer: str) -> float | None:
+    pattern = settings.get("alpha_pattern")
+    for key, value in pattern.items() if isinstance(pattern, dict) else ():
+        if re.match(rf"(.*\.)?({key})$", layer):
+            return float(value)
+    alpha = settings.get("lora_alpha")
+    return float(alpha) if isinstance(alpha, int | float) else None
+
+
+def _names(layers: Collection[str], original: KeyMap | None) -> dict[str, str]:
+    """Every way of calling a layer, without dots and underscores, and the layer."""
+    names = {_flat(layer): layer for layer in layers}
+    if original is not None:
+        for theirs, origin in original.to_original([f"{layer}.weight" for layer in layers]).items():
+            if len(origin) == 1:
+                name = original.without_prefix(theirs).removesuffix(".weight")
+                names.setdefault(_flat(name), origin[0].name.removesuffix(".weight"))
+    return names
+
+
+def _flat(name: str) -> str:
+    return re.sub(r"[._]", "", name)

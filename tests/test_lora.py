@@ -1,0 +1,550 @@
+"""Adapters: where they sit, what is trained and saved, files in and out, merging, several ranks, resuming."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from cached import make_clip
+from motionloom.backbones import FAMILIES
+from motionloom.config.recipe import LoraConfig
+from motionloom.errors import UserError
+from motionloom.parallel import Ranks
+from motionloom.rng import torch_generator
+from motionloom.train import checkpoint
+from motionloom.train.lora import (
+    Adapter,
+    add_lora,
+    attach,
+    choose_modules,
+    fingerprint,
+    layer_shapes,
+    merge_into_base,
+    merged,
+)
+from motionloom.train.lora_files import checkpoint_adapters, read_lora, write_lora
+from test_cli import call
+from test_resume import finish, kill_after, same_tensors, start
+from toy_training import ToyBackbone, ToyLoader, metrics, toy_denoise, toy_recipe, toy_trainer
+
+LORA = {
+    "lora__enabled": True,
+    "lora__base": "toy",
+    "lora__rank": 2,
+    "lora__alpha": 5.0,
+    "lora__targets": ["!layers.0.down", "layers", "tokens"],
+}
+ADAPTED = {"layers.0.up", "layers.1.up", "layers.1.down", "tokens"}
+WAN = FAMILIES["wan"]
+both_kinds = pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_k = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.to_out = nn.ModuleList([nn.Linear(4, 4), nn.Dropout(0.0)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.to_out[0](torch.tanh(self.to_q(x)) * self.to_k(x))
+
+
+class Net(nn.Module):
+    """Names as the published models have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({"attn1": Attention(), "audio_attn1": Attention(), "up": nn.Linear(4, 6)})
+            for _ in range(2)
+        )
+        self.out = nn.Linear(6, 3)
+        for name, p in self.named_parameters():
+            nn.init.normal_(p, 0, 0.5, generator=torch_generator("net", name))
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer["attn1"](x) + layer["audio_attn1"](x)
+        return self.out(self.layers[1]["up"](x))
+
+
+def config(*targets: str, **options: Any) -> LoraConfig:
+    return LoraConfig(
+        **{"enabled": True, "rank": 2, "alpha": 5.0, "targets": targets or ("attn1", "up"), **options}
+    )
+
+
+def adapted(*targets: str, seed: int = 0, **options: Any) -> Net:
+    """With adapters as after some training."""
+    net = Net()
+    add_lora(net, config(*targets, **options), torch_generator("lora", seed))
+    for name, p in net.named_parameters():
+        if p.requires_grad:
+            nn.init.normal_(p, float("magnitude" in name), 0.3, generator=torch_generator(seed, name))
+    return net
+
+
+def adapters_of(net: nn.Module) -> dict[str, Adapter]:
+    trained = {f"backbone.{name}": p.detach() for name, p in net.named_parameters() if ".lora_" in name}
+    return checkpoint_adapters(trained, 5.0)
+
+
+def far(a: Tensor, b: Tensor) -> float:
+    """Largest difference, relative to the largest value."""
+    return float((a - b).detach().abs().max() / b.detach().abs().max())
+
+
+def x() -> Tensor:
+    return torch.randn(5, 4, generator=torch_generator("x"))
+
+
+# --- where adapters sit -------------------------------------------------------------------------------------
+
+
+def test_a_pattern_is_parts_of_a_name_and_the_first_that_fits_decides() -> None:
+    chosen = choose_modules(Net(), ["!layers.0.attn1.to_k", "attn1", "audio_attn1.to_out.0", "u*", "out"])
+    assert {pattern: len(names) for pattern, names in chosen.items()} == {
+        "!layers.0.attn1.to_k": 1,
+        "attn1": 5,
+        "audio_attn1.to_out.0": 2,
+        "u*": 2,
+        "out": 1,
+    }
+    assert chosen["out"] == ("out",), "to_out is another name"
+    assert not any("audio" in name for name in chosen["attn1"])
+
+
+@pytest.mark.parametrize(
+    ("targets", "message"),
+    [
+        (["to_v"], r"to_v fits no linear layer of this model; near are .*to_k"),
+        (["atn1.to_q"], r"near are attn1\.to_q"),
+        (["zzz"], r"near are out, to_k, to_out\.0, to_q, up"),
+        (["to_out.1"], "fits no linear layer"),
+        (["attn1", "!layers.0.attn1"], "only fits layers that patterns before it have decided: move it up"),
+        (["attn1", "attn1.to_q"], "only fits layers that patterns before it have decided"),
+        (["!attn1"], "lora.targets only leaves out"),
+    ],
+)
+def test_a_pattern_that_chooses_nothing_is_refused(targets: list[str], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        add_lora(Net(), config(*targets), torch_generator("lora"))
+
+
+@both_kinds
+def test_fresh_adapters_change_nothing_and_are_all_that_is_trained(dora: bool) -> None:
+    net, plain = Net(), Net()
+    before = torch.get_rng_state()
+    rows = add_lora(net, config("!layers.0.up", "up", "attn1", dora=dora), torch_generator("lora"))
+    assert torch.equal(torch.get_rng_state(), before), "the global generator is not drawn from"
+    torch.testing.assert_close(net(x()), plain(x()), rtol=0, atol=1e-6 if dora else 0)
+    trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
+    assert all(".lora_" in name and p.dtype == torch.float32 for name, p in trained.items())
+    assert [(row.pattern, len(row.modules)) for row in rows] == [("!layers.0.up", 1), ("up", 1), ("attn1", 6)]
+    assert sum(row.parameters for row in rows) == sum(p.numel() for p in trained.values())
+    assert rows[1].parameters == 2 * (4 + 6) + (6 if dora else 0)
+    net(x()).sum().backward()
+    assert all(p.grad is None for name, p in net.named_parameters() if name not in trained)
+    assert net.blocks() == list(net.layers)
+
+
+def test_first_values_follow_the_generator_and_the_recipe() -> None:
+    def first(init: str, seed: int) -> Tensor:
+        net = Net()
+        add_lora(net, config(init=init), torch_generator("lora", seed))
+        return adapters_of(net)["layers.0.up"].down_RI
+
+    assert torch.equal(first("kaiming", 1), first("kaiming", 1))
+    assert not torch.equal(first("kaiming", 1), first("kaiming", 2))
+    assert first("kaiming", 1).abs().max() <= 4**-0.5
+    assert first("gaussian", 1).std() == pytest.approx(0.5, rel=0.7)
+
+
+def test_a_half_precision_base_gives_the_same_under_autocast() -> None:
+    whole, half = Net(), Net()
+    for net, dtype in ((whole, None), (half, torch.bfloat16)):
+        add_lora(net, config(), torch_generator("lora"), dtype)
+    layer = half.layers[0]["attn1"].to_q
+    assert layer.base_layer.weight.dtype == torch.bfloat16
+    assert layer.lora_A["default"].weight.dtype == torch.float32
+    assert half.out.weight.dtype == torch.float32, "outside of the blocks nothing is cast"
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(whole(x()), half(x()))
+
+
+def test_blocks_with_adapters_compile_without_a_break() -> None:
+    net = adapted()
+    wanted = [layer["attn1"](x()) for layer in net.layers]
+    for layer, want in zip(net.layers, wanted, strict=True):
+        compiled = torch.compile(layer["attn1"], backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x()), want)
+
+
+# --- merging ------------------------------------------------------------------------------------------------
+
+
+@both_kinds
+def test_merged_weights_answer_alike_and_come_back_to_the_bit(dora: bool) -> None:
+    net = adapted(dora=dora)
+    wanted, before = net(x()), {name: t.clone() for name, t in net.state_dict().items()}
+    assert (wanted - Net()(x())).abs().max() > 0.1
+    with merged(net):
+        assert far(net(x()), wanted) < 1e-6
+        assert not torch.equal(net.layers[0]["up"].weight, before["layers.0.up.base_layer.weight"])
+    assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
+    torch.testing.assert_close(net(x()), wanted, rtol=0, atol=0)
+
+
+def test_a_base_in_bfloat16_comes_back_to_the_bit_as_well() -> None:
+    net = Net()
+    add_lora(net, config(), torch_generator("lora"), torch.bfloat16)
+    nn.init.normal_(net.layers[0]["up"].lora_B["default"].weight, generator=torch_generator("b"))
+    before = net.layers[0]["up"].base_layer.weight.clone()
+    with merged(net):
+        assert not torch.equal(net.layers[0]["up"].base_layer.weight, before)
+    assert torch.equal(net.layers[0]["up"].base_layer.weight, before)
+
+
+@both_kinds
+def test_merging_for_good_leaves_the_plain_network(dora: bool) -> None:
+    net = adapted(dora=dora)
+    wanted, adapters = net(x()), adapters_of(net)
+    merge_into_base(net)
+    assert net.state_dict().keys() == Net().state_dict().keys()
+    assert far(net(x()), wanted) < 1e-6
+    by_hand = Net()
+    for name, adapter in adapters.items():
+        layer = by_hand.get_submodule(name)
+        layer.weight.data = adapter.merged(layer.weight.data)
+    assert far(by_hand(x()), wanted) < 1e-6
+
+
+def test_several_loras_add_up_by_their_strengths() -> None:
+    first, second = (
+        adapters_of(adapted("attn1", seed=1)),
+        adapters_of(adapted("attn1.to_q", "up", rank=3, seed=2)),
+    )
+    net, by_hand = Net(), Net()
+    attach(net, first, "first", 0.8)
+    attach(net, second, "second", -1.5)
+    for adapters, strength in ((first, 0.8), (second, -1.5)):
+        for name, one in adapters.items():
+            weight = by_hand.get_submodule(name).weight
+            weight.data += strength * change(one)
+    assert far(net(x()), by_hand(x())) < 1e-6
+    merge_into_base(net)
+    assert far(net(x()), by_hand(x())) < 1e-6
+
+
+# --- files --------------------------------------------------------------------------------------------------
+
+WAN_LAYERS = ("blocks.0.attn1.to_q", "blocks.11.attn2.to_out.0", "blocks.1.ffn.net.0.proj")
+
+
+def some_adapters(alpha: float = 5.0, rank: int = 2) -> dict[str, Adapter]:
+    def draw(*shape: int, key: str) -> Tensor:
+        return torch.randn(shape, generator=torch_generator("adapter", key, *shape))
+
+    return {name: Adapter(draw(rank, 4, key=name), draw(6, rank, key=name), alpha) for name in WAN_LAYERS}
+
+
+def change(one: Adapter) -> Tensor:
+    """What is added to a weight: all that a file must keep."""
+    return one.alpha / one.rank * one.up_OR @ one.down_RI
+
+
+@pytest.mark.parametrize("family", ["wan", "ltx2"])
+@pytest.mark.parametrize("layout", ["diffusers", "comfyui"])
+def test_files_keep_what_is_added_where_alpha_is_not_the_rank(
+    layout: Any, family: str, tmp_path: Path
+) -> None:
+    wrote, file = some_adapters(), tmp_path / "new" / "lora.safetensors"
+    keys = FAMILIES[family].original_keys
+    write_lora(file, wrote, layout, family=family, original=keys, notes={"base": "somewhere"})
+    read = read_lora(file, WAN_LAYERS, keys)
+    assert read.keys() == wrote.keys()
+    for name in wrote:
+        torch.testing.assert_close(change(read[name]), change(wrote[name]), rtol=1e-6, atol=1e-6)
+    with safe_open(file, "pt") as opened:
+        assert opened.metadata()["base"] == "somewhere"
+
+
+def test_the_comfyui_layout_has_the_authors_names_and_alpha_beside(tmp_path: Path) -> None:
+    write_lora(
+        tmp_path / "a.safetensors", some_adapters(), "comfyui", family="wan", original=WAN.original_keys
+    )
+    tensors = load_file(tmp_path / "a.safetensors")
+    assert float(tensors["diffusion_model.blocks.11.cross_attn.o.alpha"]) == 5.0
+    assert "diffusion_model.blocks.1.ffn.0.lora_A.weight" in tensors
+    assert "diffusion_model.blocks.0.self_attn.q.lora_B.weight" in tensors
+
+
+def test_layers_of_other_ranks_and_alphas_are_named_in_the_header(tmp_path: Path) -> None:
+    wrote = {**some_adapters(), WAN_LAYERS[1]: some_adapters(alpha=1.0, rank=3)[WAN_LAYERS[1]]}
+    write_lora(tmp_path / "a.safetensors", wrote, "diffusers")
+    read = read_lora(tmp_path / "a.safetensors", WAN_LAYERS)
+    assert {name: (one.rank, one.alpha) for name, one in read.items()} == {
+        name: (one.rank, one.alpha) for name, one in wrote.items()
+    }
+
+
+@pytest.mark.parametrize(
+    "prefix", ["transformer.", "diffusion_model.", "base_model.model.", "lora_unet_", ""]
+)
+@pytest.mark.parametrize("names", [("lora_A", "lora_B"), ("lora_down", "lora_up")])
+def test_files_of_other_trainers_are_read(prefix: str, names: tuple[str, str], tmp_path: Path) -> None:
+    wrote, tensors = some_adapters(), {}
+    for name, one in wrote.items():
+        layer = prefix + (name.replace(".", "_") if prefix == "lora_unet_" else name)
+        tensors |= {f"{layer}.{names[0]}.weight": one.down_RI, f"{layer}.{names[1]}.weight": one.up_OR}
+        tensors[f"{layer}.alpha"] = torch.tensor(1.0)
+    save_file(tensors, tmp_path / "a.safetensors")
+    read = read_lora(tmp_path / "a.safetensors", WAN_LAYERS, WAN.original_keys)
+    assert {name: one.alpha for name, one in read.items()} == dict.fromkeys(WAN_LAYERS, 1.0)
+    save_file({k: t for k, t in tensors.items() if "alpha" not in k}, tmp_path / "b.safetensors")
+    read = read_lora(tmp_path / "b.safetensors", WAN_LAYERS, WAN.original_keys)
+    assert {one.alpha for one in read.values()} == {2.0}, "without alpha it is the rank"
+
+
+def test_wrong_files_are_refused_in_one_line(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    good = {"transformer.a.lora_A.weight": torch.ones(2, 4), "transformer.a.lora_B.weight": torch.ones(6, 2)}
+
+    def refused(tensors: dict[str, Tensor], message: str, **header: str) -> None:
+        save_file(tensors, file, metadata=header)
+        with pytest.raises(UserError, match=message) as caught:
+            read_lora(file, ["a"])
+        assert "\n" not in str(caught.value)
+
+    refused({"a.weight": torch.ones(2)}, "holds no LoRA")
+    refused({k: t for k, t in good.items() if "A" in k}, "the up-projection of a is missing")
+    refused({**good, "transformer.a.lora_B.weight": torch.ones(6, 3)}, "do not fit together")
+    refused({k.replace(".a.", ".b."): t for k, t in good.items()}, "adapts b, which this model does not have")
+    refused(good, "lora_adapter_metadata in its header cannot be read", lora_adapter_metadata="{")
+    with pytest.raises(UserError, match="no such file"):
+        read_lora(tmp_path / "none.safetensors", ["a"])
+    with pytest.raises(UserError, match="comfyui layout is for wan, ltx2"):
+        write_lora(file, some_adapters(), "comfyui", family="joint")
+    dora = {name: replace(one, magnitude_O=torch.ones(6)) for name, one in some_adapters().items()}
+    with pytest.raises(UserError, match="DoRA is not written in the comfyui layout"):
+        write_lora(file, dora, "comfyui", family="wan", original=WAN.original_keys)
+
+
+# --- training -----------------------------------------------------------------------------------------------
+
+
+def test_checkpoints_averages_and_optimiser_hold_adapters_alone(tmp_path: Path) -> None:
+    recipe = toy_recipe(**LORA, max_steps=5)
+    method = toy_denoise(recipe, Ranks())
+    backbone = method.modules()["backbone"]
+    before = {name: p.clone() for name, p in backbone.named_parameters() if not p.requires_grad}
+    toy_trainer(recipe, tmp_path, method=method).fit()
+    saved = checkpoint.load(tmp_path)
+    for name in ("model", "ema"):
+        layers = checkpoint_adapters(saved.tensors(name), recipe.lora.alpha)
+        assert layers.keys() == ADAPTED
+        assert len(saved.tensors(name)) == 2 * len(ADAPTED)
+    assert {name.split("/")[1] for name in saved.tensors("optimizer")} == set(saved.tensors("model"))
+    assert all(torch.equal(p, before[name]) for name, p in backbone.named_parameters() if name in before)
+    moved, first = saved.tensors("model"), toy_denoise(recipe, Ranks()).modules()["backbone"].state_dict()
+    assert all(not torch.equal(moved[name], first[name.removeprefix("backbone.")]) for name in moved)
+
+
+def test_killed_and_resumed_equals_never_stopped(tmp_path: Path) -> None:
+    options = {**LORA, "lora__dropout": 0.1, "lora__dora": True, "precision": "bf16", "max_steps": 40}
+    options |= {"save_every_steps": 7, "ema__start_step": 10}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    kill_after(
+        start(1, "fit", str(killed), json.dumps(options), "--pause", "0.03"), killed, step=16, delay=0.01
+    )
+    reached = checkpoint.latest(killed)
+    assert reached is not None
+    assert reached.name == checkpoint.name_of(14)
+    for run in (whole, killed):
+        recipe = toy_recipe(**options)
+        trainer = toy_trainer(recipe, run, heldout=ToyLoader(2, 0, "heldout"))
+        assert trainer.fit(resume=run == killed).step == 40
+    for name in ("model", "ema", "optimizer"):
+        same_tensors(whole, killed, name)
+    assert len(metrics(killed)) == 40
+
+
+def test_two_ranks_equal_one_process(tmp_path: Path) -> None:
+    """DDP and FSDP2 gradients against one process that plays both ranks; then a few steps in mixed dtypes."""
+    recipe = {**LORA, "precision": "bf16", "sharding": "fsdp", "max_steps": 3}
+    finish(start(2, "compare", str(tmp_path), json.dumps(recipe)))
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["world"] == 2
+    assert found["single"]["norm"] > 0.1
+    for sharding in ("ddp", "fsdp"):
+        assert found[sharding]["same_names"]
+        assert found[sharding]["difference"] < 1e-5
+    assert len(checkpoint.load(tmp_path).tensors("model")) == 2 * len(ADAPTED)
+    assert len(metrics(tmp_path)) == 3
+
+
+def toy_state(seed: int) -> dict[str, Tensor]:
+    return ToyBackbone(seed).state_dict()
+
+
+def test_a_resume_on_another_base_is_refused(tmp_path: Path) -> None:
+    recipe = toy_recipe(**LORA, max_steps=2)
+    one, other, again = (fingerprint(state, state.__getitem__) for state in map(toy_state, (0, 1, 0)))
+    assert one != other
+    assert one == again
+    toy_trainer(recipe, tmp_path, base=one).fit()
+    longer = toy_recipe(**LORA, max_steps=4)
+    with pytest.raises(UserError, match=r"base was '.*', is '.*'\. Start it as it was"):
+        toy_trainer(longer, tmp_path, base=other).fit(resume=True)
+    assert toy_trainer(longer, tmp_path, base=one).fit(resume=True).step == 4
+
+
+def test_a_run_may_start_from_the_adapters_of_another(tmp_path: Path) -> None:
+    toy_trainer(toy_recipe(**LORA, max_steps=5, ema__enabled=False), tmp_path / "first").fit()
+    recipe = toy_recipe(**LORA, max_steps=1, lr=1e-12, init_from=str(tmp_path / "first"))
+    toy_trainer(recipe, tmp_path / "second").fit()
+    a, b = (checkpoint.load(tmp_path / run).tensors("model") for run in ("first", "second"))
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-6)
+    wider = toy_recipe(**{**LORA, "lora__rank": 3}, max_steps=1, init_from=str(tmp_path / "first"))
+    with pytest.raises(UserError, match=r"has shape .* the recipe's model wants"):
+        toy_trainer(wider, tmp_path / "third").fit()
+
+
+def test_layers_are_known_by_their_plain_names() -> None:
+    assert layer_shapes(adapted()) == layer_shapes(Net())
+    assert layer_shapes(Net())["layers.1.up"] == (6, 4)
+    assert F.linear(x(), Net().layers[1]["up"].weight).shape == (5, 6)
+
+
+# --- on a model of one's own, by the commands ---------------------------------------------------------------
+
+OWN = (
+    *(
+        "model.dim=16",
+        "model.depth=2",
+        "model.num_heads=2",
+        "text_encoder.dim=8",
+        "text_encoder.vocab_size=256",
+    ),
+    *("video={width: 16, height: 16, num_frames: 8, fps: 8}", "train.batch_size=4", "train.warmup_steps=0"),
+    *("train.precision=fp32", "train.compile=false", "train.max_steps=3", "train.heldout_fraction=0.3"),
+    *("train.optimizer=adamw", "train.lr=1e-2"),
+)
+ADAPTERS = ("lora.enabled=true", "lora.rank=3", "lora.alpha=7", "lora.targets=[qkv, mlp]")
+
+
+def ok(*arguments: str) -> str:
+    answer = call(*arguments)
+    assert answer.code == 0, answer.err
+    return answer.out
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with clips, a cache, a trained base and a LoRA on it."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "clips").mkdir()
+    for i in range(8):
+        make_clip(folder / "clips" / f"{i}.mp4", i, height=16, width=16)
+        (folder / "clips" / f"{i}.txt").write_text(f"wave number {i}")
+    ok("data", "ingest", str(folder / "clips"), "--out", str(folder / "clips.jsonl"))
+    where = (*OWN, f"output_dir={folder}")
+    ok(
+        "cache",
+        "quickstart",
+        "--manifest",
+        str(folder / "clips.jsonl"),
+        "--out",
+        str(folder / "cache"),
+        *where,
+    )
+    ok("train", "quickstart", "--cache", str(folder / "cache"), *where, "experiment_name=base")
+    adapters = (*ADAPTERS, f"lora.base={folder / 'base'}", "experiment_name=style")
+    ok("train", "quickstart", "--cache", str(folder / "cache"), *where, *adapters)
+    return folder
+
+
+def picture(out: Path, run: Path, *options: str) -> bytes:
+    ok("generate", str(run), "--out", str(out), "--prompt", "wave number 1", "--steps", "2", *options)
+    return (out / "sheet.png").read_bytes()
+
+
+def test_the_base_with_the_file_makes_the_clips_of_the_run(own: Path, tmp_path: Path) -> None:
+    file = tmp_path / "style.safetensors"
+    ok("lora", "export", str(own / "style"), str(file))
+    wanted, plain = picture(tmp_path / "1", own / "style"), picture(tmp_path / "2", own / "base")
+    strong = picture(tmp_path / "3", own / "base", "--lora", f"{file}:90")
+    assert picture(tmp_path / "4", own / "base", "--lora", str(file)) == wanted
+    assert picture(tmp_path / "5", own / "base", "--lora", f"{file}:0") == plain
+    assert picture(tmp_path / "6", own / "base", "--lora", f"{file}:60", "--lora", f"{file}:30") == strong
+    assert strong != plain
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (["lora.base={own}/style"], r"is a LoRA itself: name its own base .*train\.init_from"),
+        (["model.depth=1"], r"lora\.base .* is of another model: set model\.depth=2"),
+        (["lora.base={own}/nothing"], "no such checkpoint"),
+        (["lora.base="], "there is no base: set model.name_or_path or lora.base"),
+        (["lora.targets=[to_q]"], "lora.targets: to_q fits no linear layer of this model; near are"),
+        (["lora.dropout=0.1", "model.checkpoint_blocks=true"], r"lora\.dropout would differ"),
+    ],
+)
+def test_what_cannot_be_adapted_is_refused_in_one_line(own: Path, changes: list[str], message: str) -> None:
+    arguments = [*OWN, *ADAPTERS, f"lora.base={own / 'base'}", f"output_dir={own}", "experiment_name=x"]
+    answer = call(
+        "train",
+        "quickstart",
+        "--cache",
+        str(own / "cache"),
+        *arguments,
+        *(c.format(own=own) for c in changes),
+    )
+    assert answer.code == 2
+    assert re.search(message, answer.err), answer.err
+    assert not (own / "x" / "checkpoints").exists()
+
+
+def test_latents_that_the_base_does_not_know_are_refused(own: Path, tmp_path: Path) -> None:
+    where = [*OWN, f"output_dir={tmp_path}", "tokenizer.whiten=1"]
+    ok(
+        "cache",
+        "quickstart",
+        "--manifest",
+        str(own / "clips.jsonl"),
+        "--out",
+        str(tmp_path / "cache"),
+        *where,
+    )
+    answer = call(
+        "train",
+        "quickstart",
+        "--cache",
+        str(tmp_path / "cache"),
+        *where,
+        *ADAPTERS,
+        f"lora.base={own / 'base'}",
+    )
+    assert answer.code == 2
+    assert "made with another tokenizer than lora.base knows" in answer.err
+
+
+def test_inspection_counts_what_is_trained(own: Path) -> None:
+    answer = call("inspect", str(own / "style"), "--json").value
+    assert answer["parameters"]["trained"] == 2 * (3 * (16 + 48) + 2 * 3 * (16 + 64))
+    assert answer["memory_gib"]["gradients"] < answer["memory_gib"]["weights"] / 2
