@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from motionloom.nn.attention import CHOICES, Choices, Pattern, attend, kernels, pinned
+from motionloom.nn.attention.choice import best
 from motionloom.nn.attention.dispatch import chosen, everything, flops, problem, run, ways
 from motionloom.plans import (
     Attributes,
@@ -323,7 +324,7 @@ def test_large_problems_are_measured_once_and_the_choice_travels(monkeypatch):
     plan, leaves = lower(same_scene, a, a).plan, inputs(n, n, torch.float32)
     way = chosen(plan, *leaves, needs_gradient=True)
     [(key, seconds)] = table.state_dict().items()
-    assert way == min(seconds, key=seconds.__getitem__)
+    assert way == best(seconds)
     assert set(seconds) == set(ways(plan, leaves[0], needs_gradient=True))
     # Another process that loads it goes the same way, whatever its own clock would say.
     other = Choices()
@@ -335,6 +336,13 @@ def test_large_problems_are_measured_once_and_the_choice_travels(monkeypatch):
     assert problem(plan, leaves[0], True) == key
     assert problem(plan, leaves[0], False) != key
     assert problem(plan, leaves[0].double(), True) != key
+
+
+def test_leaner_ways_win_what_is_nearly_a_draw():
+    assert best({"dense": 0.95, "segments/flash": 1.0, "merge/flash": 1.02}) == "merge/flash"
+    assert best({"dense": 0.95, "segments/flash": 0.9, "merge/flash": 1.02}) == "segments/flash"
+    assert best({"dense": 0.5, "flex": 0.9, "merge/flash": 1.0}) == "dense"
+    assert best({"segments/products": 1.0, "segments/flash": 0.99}) == "segments/flash"
 
 
 def test_flops_are_those_of_the_allowed_pairs():

@@ -25,8 +25,16 @@ from torch import Tensor, nn
 
 from cached import make_clip
 from motionloom.backbones import FAMILIES
-from motionloom.cli.assemble import load_model, text_encoder_for, training_text
+from motionloom.cli.assemble import (
+    load_model,
+    open_model,
+    published_model,
+    text_encoder_for,
+    training_text,
+)
+from motionloom.cli.lora import into_weights
 from motionloom.config import load_recipe
+from motionloom.config.load import dump_recipe
 from motionloom.data.cache import open_cache
 from motionloom.errors import UserError
 from motionloom.flow import DiscretePrediction, state_norm
@@ -386,6 +394,39 @@ def test_only_adapters_are_trained_and_kept(walked: Walk) -> None:
 def test_a_run_generates_clips(walked: Walk, tmp_path: Path) -> None:
     ok("generate", str(walked.run), "--out", str(tmp_path), "--prompt", "a red cat", "--steps", "2")
     assert len(list(tmp_path.glob("*.mp4"))) == 1
+
+
+def test_a_recipe_that_names_weights_needs_no_run(walked: Walk, tmp_path: Path) -> None:
+    """The base as published, with the file beside it, is what the run came to."""
+    file = tmp_path / "ready.yaml"
+    file.write_text(dump_recipe(load_recipe(CASES[walked.family].recipe, walked.overrides)))
+    command = ["generate", str(file), "--lora", str(walked.file), "--prompt", "a red cat", "--steps", "2"]
+    ok(*command, "--out", str(tmp_path / "clips"))
+    assert len(list((tmp_path / "clips").glob("*.mp4"))) == 1
+    model, run = open_model(file, device="cpu"), load_model(walked.run, device="cpu")
+    into_weights(model, [str(walked.file)])
+    question = ask(run)
+    assert difference(ours(model, question), ours(run, question)) < 1e-5
+
+
+def test_weights_held_in_half_precision_answer_the_same(walked: Walk) -> None:
+    """Under autocast the layers of blocks compute in bfloat16 anyhow."""
+    answers = {}
+    for precision in ("fp32", "bf16"):
+        recipe = load_recipe(CASES[walked.family].recipe, [*walked.overrides, f"train.precision={precision}"])
+        model = published_model(recipe, "test", device="cpu")
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            answers[precision] = ours(model, ask(model))
+    backbone = model.predictor.backbone
+    assert isinstance(backbone, nn.Module)
+    assert torch.bfloat16 in {p.dtype for p in backbone.parameters()}
+    assert torch.equal(answers["fp32"], answers["bf16"])
+
+
+def test_a_recipe_without_weights_is_refused(tmp_path: Path) -> None:
+    answer = call("generate", "quickstart", "--prompt", "a cat", "--out", str(tmp_path / "clips"))
+    assert answer.code == 2
+    assert "quickstart: model.name_or_path is empty" in answer.err
 
 
 def test_a_resume_goes_on_and_another_base_is_refused(walked: Walk, tmp_path: Path) -> None:

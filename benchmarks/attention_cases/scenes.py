@@ -25,6 +25,7 @@ from _measure import (
 )
 
 from motionloom.nn.attention import CHOICES, Pattern, attend
+from motionloom.nn.attention.choice import best
 from motionloom.nn.memory import keep_freed_memory
 from motionloom.plans.lower import lower
 from motionloom.plans.visibility import same_scene_or_both_video
@@ -52,11 +53,9 @@ def case(name: str, frames: tuple[int, ...], dtype: torch.dtype) -> dict[str, An
     }
     for what, run in (("forward", inference), ("training", training)):
         run(ours, leaves)()  # measures the ways
-        taken = turns({"copies": run(baseline, leaves), "ours": run(ours, leaves)}, 5)
+        taken = turns({"copies": run(baseline, leaves), "ours": run(ours, leaves)}, 9)
         row[f"speedup_{what}"] = ratio(taken, "copies", "ours")
-    row["ways"] = [
-        min(seconds, key=seconds.__getitem__) for seconds in list(CHOICES.state_dict().values())[-2:]
-    ]
+    row["ways"] = [best(seconds) for seconds in list(CHOICES.state_dict().values())[-2:]]
     row["key_copies"] = round(copied(pattern, row["ways"][1]) / copied_by_baseline(frames), 4)
     return row
 

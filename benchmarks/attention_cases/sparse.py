@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from _measure import clip, draw, inference, ratio, report, training, turns
 
 from motionloom.nn.attention import CHOICES, Pattern, attend
+from motionloom.nn.attention.choice import best
 from motionloom.nn.memory import keep_freed_memory
 from motionloom.plans.lower import lower
 from motionloom.plans.visibility import scene_summaries
@@ -35,9 +36,7 @@ def case(scenes: int, dtype: torch.dtype) -> dict[str, Any]:
         ours()  # measures the ways
         taken = turns({"dense": run(F.scaled_dot_product_attention, leaves), "ours": ours}, 3)
         row[f"speedup_{what}"] = ratio(taken, "dense", "ours")
-    row["ways"] = [
-        min(seconds, key=seconds.__getitem__) for seconds in list(CHOICES.state_dict().values())[-2:]
-    ]
+    row["ways"] = [best(seconds) for seconds in list(CHOICES.state_dict().values())[-2:]]
     return row
 
 

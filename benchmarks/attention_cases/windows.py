@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from _measure import clip, draw, inference, ratio, report, training, turns
 
 from motionloom.nn.attention import CHOICES, Pattern, attend
+from motionloom.nn.attention.choice import best
 from motionloom.nn.memory import keep_freed_memory
 from motionloom.plans import spatial_window
 from motionloom.plans.lower import lower
@@ -37,9 +38,7 @@ def case(shift: int, dtype: torch.dtype) -> dict[str, Any]:
         masked = run(lambda *qkv: F.scaled_dot_product_attention(*qkv, attn_mask=mask), leaves)
         taken = turns({"mask": masked, "ours": ours}, 3)
         row[f"speedup_{what}"] = ratio(taken, "mask", "ours")
-    row["ways"] = [
-        min(seconds, key=seconds.__getitem__) for seconds in list(CHOICES.state_dict().values())[-2:]
-    ]
+    row["ways"] = [best(seconds) for seconds in list(CHOICES.state_dict().values())[-2:]]
     return row
 
 

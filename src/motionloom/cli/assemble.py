@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -29,11 +29,10 @@ from motionloom.text import build_text_encoder, cached_text_encoder, load_text_e
 from motionloom.text.base import TextEncoder
 from motionloom.tokenizers import Tokenizer, fit_tokenizer, load_tokenizer, open_tokenizer
 from motionloom.tokenizers.base import TokenizerSpec
-from motionloom.tokenizers.vae import VaeTokenizer
 from motionloom.train import checkpoint
 from motionloom.train.checkpoint import Checkpoint, Saveable
 from motionloom.train.loop import OnSample, Trainer
-from motionloom.train.lora import measure_lengths
+from motionloom.train.lora import cast_blocks, measure_lengths
 from motionloom.train.report import Reporter
 from motionloom.train.tensors import Renamed, TensorFile
 
@@ -224,8 +223,7 @@ def assemble(recipe: Recipe, cache: Cache, ranks: Ranks) -> Parts:
     adapted = None
     if recipe.lora.enabled:
         assert start.weights is not None, "a LoRA recipe names a base"
-        half = torch.bfloat16 if recipe.train.precision == "bf16" else None
-        adapted = adapt(backbone, recipe, start.weights, ranks, half)
+        adapted = adapt(backbone, recipe, start.weights, ranks, _held_in(recipe))
         read = {"backbone": adapted.weights}
     besides = adapted.besides if adapted is not None else ()
     loaded = parallelize(
@@ -332,6 +330,66 @@ def names_recipe(what: str) -> bool:
     )
 
 
+@runtime_checkable
+class Movable(Protocol):
+    """Has a device: VAEs and text encoders of the field."""
+
+    def to(self, device: torch.device) -> object:
+        """Go there."""
+        ...
+
+
+def open_model(what: str | Path, *, raw: bool = False, device: str = "auto") -> Model:
+    """A model to generate with: a run, a checkpoint, or a recipe that names published weights.
+
+    Raises:
+        UserError: as :func:`load_model` and :func:`published_model`.
+    """
+    if names_recipe(str(what)):
+        return published_model(load_recipe(str(what)), str(what), device)
+    return load_model(what, raw=raw, device=device)
+
+
+def published_model(recipe: Recipe, name: str, device: str = "auto") -> Model:
+    """The model that a recipe's ``name_or_path`` keys name, not trained by us.
+
+    Blocks are held in the dtype that they compute in: bf16 takes half the memory and gives the same clips.
+
+    Args:
+        name: of the recipe, for messages.
+
+    Raises:
+        UserError: the recipe leaves out weights or a tokenizer, or they cannot be opened.
+    """
+    place = pick_device(device)
+    start = backbone_start(recipe)
+    if start.weights is None or not recipe.tokenizer.name_or_path:
+        missing = "model" if start.weights is None else "tokenizer"
+        raise UserError(
+            f"{name}: {missing}.name_or_path is empty, so there is nothing to generate with yet: set it, or "
+            "train the recipe and name the run"
+        )
+    tokenizer, text_encoder = open_tokenizer(recipe.tokenizer), text_encoder_for(recipe)
+    backbone = new_backbone(recipe, tokenizer.spec, text_encoder.dim, start, "meta")
+    if (dtype := _held_in(recipe)) is not None:
+        cast_blocks(backbone, dtype)
+    load_weights(backbone, start.weights, Ranks(device=place))
+    backbone.eval().requires_grad_(False)
+    _move(place, tokenizer, text_encoder)
+    return Model(recipe, tokenizer, text_encoder, _predictor(recipe, backbone), build_plan(recipe), place)
+
+
+def _held_in(recipe: Recipe) -> torch.dtype | None:
+    """What frozen linear layers of blocks may be held in: what autocast makes of them anyhow."""
+    return torch.bfloat16 if recipe.train.precision == "bf16" else None
+
+
+def _move(place: torch.device, *parts: object) -> None:
+    for part in parts:
+        if isinstance(part, Movable):
+            part.to(place)
+
+
 def load_model(
     path: str | Path, *, raw: bool = False, device: str = "auto", shapes_only: bool = False
 ) -> Model:
@@ -358,8 +416,7 @@ def load_model(
     elif not shapes_only:
         backbone.to_empty(device=place)
     if not shapes_only:
-        if isinstance(tokenizer, VaeTokenizer):
-            tokenizer.to(place)
+        _move(place, tokenizer, text_encoder)
         fill(named_state(trained), saved.weights(ema=not raw), str(saved.folder))
     for module in (backbone, text_encoder):
         if isinstance(module, nn.Module):
@@ -373,7 +430,7 @@ def _add_adapters(
     """The base's weights again, and adapters that are yet to be filled. Refuses another base."""
     weights = backbone_start(recipe).weights
     assert weights is not None, "a LoRA recipe names a base"
-    adapted = adapt(modules["backbone"], recipe, weights, Ranks())
+    adapted = adapt(modules["backbone"], recipe, weights, Ranks(), _held_in(recipe))
     if adapted.base != saved.state["identity"]["base"]:
         raise UserError(
             f"{weights.where} is not the base that {saved.folder} was trained on (its weights changed): put "

@@ -60,7 +60,7 @@ def run(
     Args:
         loras: files to add, each with ``:strength`` or without.
     """
-    from motionloom.cli.assemble import load_model
+    from motionloom.cli.assemble import open_model
     from motionloom.cli.lora import into_weights
     from motionloom.data.media import write_video
     from motionloom.data.sheets import contact_sheet
@@ -72,7 +72,7 @@ def run(
         raise UserError(f"--solver {wish.solver}: choose one of {', '.join(SOLVERS)}")
     height, width = parse_size(wish.size)
     console = Out(as_json)
-    model = load_model(checkpoint, raw=raw, device=device)
+    model = open_model(checkpoint, raw=raw, device=device)
     into_weights(model, loras)
     new_folder(out)
     sampling = recipe_sampling(model.recipe, steps=wish.steps, guidance=wish.guidance, solver=wish.solver)

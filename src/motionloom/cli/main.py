@@ -175,7 +175,11 @@ def train(
 )
 def generate(
     checkpoint: Annotated[
-        Path, typer.Argument(metavar="CHECKPOINT", help="A step_... folder, or a run folder for its newest.")
+        Path,
+        typer.Argument(
+            metavar="MODEL",
+            help="A run folder (its newest checkpoint), a step_... folder, or a recipe that names weights.",
+        ),
     ],
     prompt: Annotated[list[str], typer.Option(help="What to show; repeat for more clips.")],
     out: Annotated[Path, typer.Option(help="Folder for the clips and a sheet of them.")],

@@ -14,6 +14,7 @@ from torch import nn
 
 from motionloom.config.recipe import Recipe
 from motionloom.nn.attention import CHOICES, Pattern
+from motionloom.nn.attention.choice import best
 from motionloom.nn.attention.dispatch import problem, trial, ways
 from motionloom.plans import Geometry, Plan, Text, join_attributes, to_streams
 from motionloom.plans.lower import lower
@@ -85,7 +86,7 @@ def _row(
         way = "measured at the first step: too large to try here"
         if measured:
             times = _times(pattern, measured, channels, recipe)
-            way = min(times, key=times.__getitem__)
+            way = best(times)
     return {
         "seen": round(seen, 4),
         "gflop": round(4 * seen * pairs * heads * channels / 1e9, 3),

@@ -145,7 +145,7 @@ def add_lora(
     if not names:
         raise UserError("lora.targets only leaves out: name the layers that are to be adapted as well")
     if base_dtype is not None:
-        _cast_blocks(module, base_dtype)
+        cast_blocks(module, base_dtype)
     layers = _inject(module, names, TRAINED, config.rank, config.alpha, config.dropout, config.dora)
     for name in names:
         down, up = layers[name].lora_A[TRAINED].weight, layers[name].lora_B[TRAINED].weight
@@ -168,7 +168,8 @@ def add_lora(
     ]
 
 
-def _cast_blocks(module: nn.Module, dtype: torch.dtype) -> None:
+def cast_blocks(module: nn.Module, dtype: torch.dtype) -> None:
+    """Hold the linear layers inside ``module.blocks()`` in ``dtype``."""
     # Outside of the blocks networks read the dtype of their residual stream from a layer's weight.
     for block in module.blocks():  # type: ignore[operator]
         for part in block.modules():
