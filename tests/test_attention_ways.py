@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from motionloom.errors import UserError
 from motionloom.nn.attention import CHOICES, Choices, Pattern, attend, kernels, pinned
 from motionloom.nn.attention.choice import best
 from motionloom.nn.attention.dispatch import chosen, everything, flops, problem, run, ways
@@ -309,29 +310,37 @@ def test_small_problems_go_by_rule_and_are_not_measured():
     a = tokens(frames=(6, 6), rows=6, columns=8)
     pattern = lower(same_scene, a, a)
     assert isinstance(pattern, Pattern)
-    before = CHOICES.state_dict()
+    before = CHOICES.measurements()
     leaves = inputs(a.scene_BN.shape[1], a.scene_BN.shape[1], torch.float32)
     assert chosen(pattern.plan, *leaves, needs_gradient=True) == "dense"
-    assert CHOICES.state_dict() == before
+    assert CHOICES.measurements() == before
 
 
-def test_large_problems_are_measured_once_and_the_choice_travels(monkeypatch):
+def test_large_problems_are_measured_once_and_a_resume_chooses_alike(monkeypatch, tmp_path):
     monkeypatch.setattr("motionloom.nn.attention.dispatch.SMALL_FLOPS", 0)
     table = Choices()
     monkeypatch.setattr("motionloom.nn.attention.dispatch.CHOICES", table)
     a = tokens(frames=(6, 6), rows=6, columns=8)
     n = a.scene_BN.shape[1]
     plan, leaves = lower(same_scene, a, a).plan, inputs(n, n, torch.float32)
-    way = chosen(plan, *leaves, needs_gradient=True)
-    [(key, seconds)] = table.state_dict().items()
+    file = tmp_path / "run" / "attention-0.json"
+    with table.keep_in(file, resume=False):
+        way = chosen(plan, *leaves, needs_gradient=True)
+        [(key, seconds)] = json.loads(file.read_text()).items()
     assert way == best(seconds)
     assert set(seconds) == set(ways(plan, leaves[0], needs_gradient=True))
-    # Another process that loads it goes the same way, whatever its own clock would say.
+    # Another process that resumes goes the way of the file, whatever its own clock would say.
+    file.write_text(json.dumps({key: {name: 1.0 if name == "dense" else 2.0 for name in seconds}}))
     other = Choices()
-    state = json.loads(json.dumps(table.state_dict()))
-    other.load_state_dict({key: {name: 1.0 if name == "dense" else 2.0 for name in state[key]}})
     monkeypatch.setattr("motionloom.nn.attention.dispatch.CHOICES", other)
-    assert chosen(plan, *leaves, needs_gradient=True) == "dense"
+    with other.keep_in(file, resume=True):
+        assert chosen(plan, *leaves, needs_gradient=True) == "dense"
+    # A new run in the same folder owes nothing to an old one's.
+    with Choices().keep_in(file, resume=False):
+        assert not file.exists()
+    file.write_text("[1, 2")
+    with pytest.raises(UserError, match="is damaged"), Choices().keep_in(file, resume=True):
+        pass
     # A caption that is a little longer is no new problem; no gradient, another size or dtype is.
     assert problem(plan, leaves[0], True) == key
     assert problem(plan, leaves[0], False) != key

@@ -58,7 +58,7 @@ def case(name: str, frames: tuple[int, ...], dtype: torch.dtype) -> dict[str, An
         taken = turns({"copies": run(baseline, leaves), "ours": run(ours, leaves)}, 9)
         row[f"speedup_{what}"] = ratio(taken, "copies", "ours")
         row[f"speedup_{what}_best"] = best_ratio(taken, "copies", "ours")
-    row["ways"] = [best(seconds) for seconds in list(CHOICES.state_dict().values())[-2:]]
+    row["ways"] = [best(seconds) for seconds in list(CHOICES.measurements().values())[-2:]]
     row["key_copies"] = round(copied(pattern, row["ways"][1]) / copied_by_baseline(frames), 4)
     return row
 

@@ -38,7 +38,7 @@ def case(shift: int, dtype: torch.dtype) -> dict[str, Any]:
         masked = run(lambda *qkv: F.scaled_dot_product_attention(*qkv, attn_mask=mask), leaves)
         taken = turns({"mask": masked, "ours": ours}, 3)
         row[f"speedup_{what}"] = ratio(taken, "mask", "ours")
-    row["ways"] = [best(seconds) for seconds in list(CHOICES.state_dict().values())[-2:]]
+    row["ways"] = [best(seconds) for seconds in list(CHOICES.measurements().values())[-2:]]
     return row
 
 

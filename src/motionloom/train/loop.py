@@ -17,6 +17,7 @@ from typing import Literal
 from motionloom.config.recipe import Recipe
 from motionloom.data.batch import Batch
 from motionloom.errors import UserError
+from motionloom.nn.attention import CHOICES
 from motionloom.parallel import Ranks
 from motionloom.train import checkpoint
 from motionloom.train.checkpoint import Saveable
@@ -115,7 +116,8 @@ class Trainer:
         self._clock = Clock(self.state.step, samples=self.state.samples, tokens=0)
         self._writer = Writer(self._run_dir, self.state.step) if self._ranks.is_main else None
         try:
-            with listening() as wish:
+            choices = self._run_dir / f"attention-{self._ranks.rank}.json"
+            with listening() as wish, CHOICES.keep_in(choices, resume=resume):
                 self._warm_up()
                 reason = self._loop(wish)
         except NotFinite as error:

@@ -1,17 +1,23 @@
 """Which way to compute an attention: measured once for each kind of problem, and remembered.
 
-Small problems go by a fixed rule, so that tests and tiny runs are the same everywhere. A run that stores
-``CHOICES.state_dict()`` in its checkpoints goes the same ways when it is resumed, on any machine.
+Small problems go by a fixed rule, so that tests and tiny runs are the same everywhere. What a clock says is
+never the same twice, so a run keeps its choices in a file (:meth:`Choices.keep_in`): each is on disk before it
+is used, and a resume goes the same ways.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from motionloom.errors import UserError
 
 SMALL_FLOPS = 2**28
 """Forward passes of fewer operations are not worth measuring."""
@@ -28,11 +34,48 @@ class Choices:
     def __init__(self) -> None:
         self._seconds: dict[str, dict[str, float]] = {}
         self.pinned: str | None = None
+        self._file: Path | None = None
+
+    @contextmanager
+    def keep_in(self, file: Path, *, resume: bool) -> Iterator[None]:
+        """Inside, every choice is written to ``file`` as soon as it is made.
+
+        Args:
+            resume: begin with the choices that are there, if any.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        if resume and file.is_file():
+            try:
+                self._seconds |= {key: dict(seconds) for key, seconds in json.loads(file.read_text()).items()}
+            except (ValueError, TypeError, AttributeError) as error:
+                raise UserError(
+                    f"{file} is damaged ({error}): remove it; attention is then measured anew, and the "
+                    "resume is exact but for rounding"
+                ) from None
+        if not resume:
+            file.unlink(missing_ok=True)
+        self._file = file
+        self._write()
+        try:
+            yield
+        finally:
+            self._file = None
+
+    def _write(self) -> None:
+        if self._file is None or not self._seconds:
+            return
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = self._file.with_name(f"{self._file.name}.tmp")
+        unfinished.write_text(json.dumps(self._seconds, indent=1) + "\n")
+        os.replace(unfinished, self._file)
 
     def pick(self, key: str, ways: Sequence[str], run: Callable[[str], object], device: torch.device) -> str:
         """Measure all ``ways`` for problems named ``key``, remember, and give the quickest; ``run`` computes
         the problem by one of them."""
         self._seconds[key] = seconds = _measured(ways, run, device)
+        self._write()
         return best(seconds)
 
     def known(self, key: str) -> str | None:
@@ -40,17 +83,13 @@ class Choices:
         seconds = self._seconds.get(key)
         return best(seconds) if seconds else None
 
+    def measurements(self) -> dict[str, dict[str, float]]:
+        """Seconds by problem and way, in the order in which they were met."""
+        return {key: dict(seconds) for key, seconds in self._seconds.items()}
+
     def measured(self, key: str) -> dict[str, float] | None:
         """Seconds by way, None if the problem has not been met."""
         return self._seconds.get(key)
-
-    def state_dict(self) -> dict[str, dict[str, float]]:
-        """Seconds by problem and way; plain numbers and names."""
-        return {key: dict(seconds) for key, seconds in self._seconds.items()}
-
-    def load_state_dict(self, state: Mapping[str, Mapping[str, float]]) -> None:
-        """Know what another process measured; its choices replace one's own."""
-        self._seconds |= {key: dict(seconds) for key, seconds in state.items()}
 
 
 CHOICES = Choices()
