@@ -1,8 +1,8 @@
 """Which way to compute an attention: measured once for each kind of problem, and remembered.
 
 Small problems go by a fixed rule, so that tests and tiny runs are the same everywhere. What a clock says is
-never the same twice, so a run keeps its choices in a file (:meth:`Choices.keep_in`): each is on disk before it
-is used, and a resume goes the same ways.
+never the same twice, so a run keeps its choices in a file (:meth:`Choices.keep_in`): each is on disk before
+it is used, and a resume goes the same ways.
 """
 
 from __future__ import annotations
