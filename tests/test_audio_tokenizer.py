@@ -229,7 +229,16 @@ def edited(file: str, **changes: Any) -> Callable[[Path], object]:
             "cannot be loaded",
         ),
         (edited("audio_vae/config.json", causality_axis="none"), "causality_axis 'none' is not height"),
-        (edited("audio_vae/config.json", mel_bins=32), "32 statistics for latents of 16 numbers"),
+        (edited("audio_vae/config.json", mel_bins=32), "32 means for latents of 16 numbers"),
+        (edited("audio_vae/config.json", mel_bins=None), "mel_bins is None, not a whole number above 0"),
+        (edited("audio_vae/config.json", mel_hop_length=0), "mel_hop_length is 0"),
+        (edited("audio_vae/config.json", sample_rate="16000"), "sample_rate is '16000'"),
+        # As it would be played too slowly, or at another pitch than it was heard.
+        (edited("vocoder/config.json", output_sampling_rate=16000), "its layers make 24000 Hz"),
+        (edited("audio_vae/config.json", sample_rate=8000), "rate of the vocoder is 24000, .* make 12000 Hz"),
+        (edited("vocoder/config.json", output_sampling_rate=None), "output_sampling_rate is None"),
+        (edited("vocoder/config.json", upsample_factors=None), "cannot be loaded as LTX2Vocoder"),
+        (edited("vocoder/config.json", upsample_factors=[]), "cannot be loaded as LTX2Vocoder"),
     ],
 )
 def test_a_damaged_folder_is_named(damage: Callable[[Path], object], said: str, tmp_path: Path) -> None:
@@ -239,6 +248,23 @@ def test_a_damaged_folder_is_named(damage: Callable[[Path], object], said: str, 
         load_audio_tokenizer(tmp_path)
     assert str(tmp_path) in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("changes", [{"input_sampling_rate": 8000}, {"output_sampling_rate": 44100}])
+def test_a_vocoder_that_widens_the_band_has_two_rates(changes: dict[str, int], tmp_path: Path) -> None:
+    tokenizer("LTX2VocoderWithBWE").save(tmp_path)
+    edited("vocoder/config.json", **changes)(tmp_path)
+    with pytest.raises(UserError, match=r"its layers make (16000|24000|48000|96000) Hz"):
+        load_audio_tokenizer(tmp_path)
+
+
+def test_a_deviation_of_nothing_is_refused() -> None:
+    import copy
+
+    broken = copy.deepcopy(vae())
+    broken.latents_std[5] = 0
+    with pytest.raises(ValueError, match="deviations of its latents are not all above 0"):
+        LTX2Audio(broken, vocoder())
 
 
 def test_sound_that_does_not_fit_is_refused() -> None:

@@ -33,6 +33,7 @@ from motionloom.plans import (
     read_video,
     to_streams,
 )
+from motionloom.plans.packing import pack
 from motionloom.rng import torch_generator
 
 TINY = PRESETS["tiny"]
@@ -358,6 +359,23 @@ def test_presets_equal_the_published_models(preset):
     assert billions in (None, round(found / 1e9, 2))
 
 
+@pytest.mark.parametrize(
+    "entries, told",
+    [
+        ({"beta_start": "0.1"}, "beta_start is '0.1', expected a number above 0"),
+        ({"beta_end": None}, "beta_end is None"),
+        ({"num_train_timesteps": "1000"}, "num_train_timesteps is '1000', expected a whole number above 0"),
+        ({"snr_shift_scale": None}, "snr_shift_scale is None"),
+        ({"rescale_betas_zero_snr": 1}, "rescale_betas_zero_snr is 1, expected true or false"),
+        ({"beta_schedule": ["linear"]}, r"beta_schedule is \('linear',\), expected a text"),
+        ({"timestep_spacing": 3}, "timestep_spacing is 3"),
+    ],
+)
+def test_a_scheduler_of_wrong_types_is_one_line(entries, told):
+    with pytest.raises(UserError, match=f"scheduler_config.json: {told}"):
+        schedule_from_diffusers({"prediction_type": "v_prediction", **entries})
+
+
 def test_config_files_of_other_models_are_refused():
     for change, words in {
         "num_layers": "num_layers is 'many'",
@@ -560,6 +578,31 @@ def test_padding_in_the_text_has_no_influence_when_it_is_marked():
     assert torch.equal(*found)
 
 
+@pytest.mark.parametrize("kind", ["2b", "5b", "1.5"])
+def test_a_packed_row_of_several_sizes_equals_its_samples(kind):
+    """Positions go by the size of each sample."""
+    sizes = KINDS[kind]
+    model = build(sizes).double()
+    samples = []
+    for grid in ((2, 8, 12), (4, 4, 20), (2, 2, 12)):
+        layout, streams = Clip(sizes, grid, batch=1).streams(FirstFrame(1.0))
+        samples.append({name: replace(s, x_BNC=s.x_BNC.double()) for name, s in streams.items()})
+    alone = [model(streams, layout.visibility)["video"] for streams in samples]
+    packed = pack(samples, layout.visibility)
+    together = packed.unpack(model(packed.streams, packed.visibility))
+    for one, answer in zip(alone, together, strict=True):
+        assert relative(answer["video"], one) < 1e-10
+
+
+def test_learned_positions_count_frames_not_copies_of_them():
+    sizes = KINDS["5b-i2v"]
+    model = build(sizes)
+    teacher = Chunks(1, forcing="teacher")  # the past stands in the sequence twice
+    assert Clip(sizes, (4, 8, 12)).run(model, teacher).isfinite().all()
+    with pytest.raises(UserError, match=r"up to 4 x 4 x 6 .* is given 5 x 4 x 6"):
+        Clip(sizes, (5, 8, 12)).run(model, TextToVideo())
+
+
 def test_image_channels_must_come_where_they_are_read():
     _, plain = Clip(TINY).streams(TextToVideo())
     _, pictured = Clip(KINDS["5b-i2v"]).streams(TextToVideo())
@@ -631,18 +674,20 @@ def test_bf16_autocast_follows_float32():
 # --- its own noise levels, in sampling and in training ------------------------------------------------------
 
 
-def test_rollouts_visit_trained_levels_only():
-    """Whatever the recipe's sampling says; frames of an even clip, no schedule asked for."""
+@pytest.mark.parametrize("solver, end", [("ddim", []), ("heun", [0.0])])
+def test_rollouts_visit_trained_levels_only(solver, end):
+    """Whatever the recipe's sampling says; frames of an even clip, no schedule asked for. Heun also asks at
+    the clean end, which goes in as the cleanest level."""
     model, clip = build(TINY), Clip(TINY)
     asked: list[Tensor] = []
     model.time_embedding.register_forward_pre_hook(lambda module, args: asked.append(args[0]))
     _, text = clip.layout(TextToVideo())
     noise = patchify(clip.noise, TINY.patch)
-    sampling = Sampling(solver="ddim", steps=5, shift=7.0)
+    sampling = Sampling(solver=solver, steps=5, shift=7.0)
     made = rollout(Predictor(model), TextToVideo(), clip.geometry, text, noise, sampling)
     assert made.isfinite().all()
     visited = sorted({round(t, 2) for t_BK in asked for t in t_BK.flatten().tolist()})
-    assert visited == [199.0, 399.0, 599.0, 799.0, 999.0]
+    assert visited == [*end, 199.0, 399.0, 599.0, 799.0, 999.0]
 
 
 def test_training_draws_trained_levels_only():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -238,7 +239,14 @@ def test_a_wrong_value_names_key_value_and_what_is_expected(write, line, told):
             ["tokenizer.first_alone=true"],
             "video.num_frames 16 is not 1 + a multiple of tokenizer.latent_t 4: use 13 or 17",
         ),
-        (["model.patch=[3, 1, 1]"], "do not divide by model.patch[0] 3"),
+        (["model.patch=[3, 1, 1]"], "do not divide by model.patch[0] 3: use 12 or 24"),
+        (
+            ["video.num_frames=81", "tokenizer.first_alone=true", "model.patch=[2, 2, 2]"],
+            "video.num_frames 81 gives 21 latent frames, which do not divide by model.patch[0] 2: "
+            "use 77 or 85",
+        ),
+        (["video.num_frames=80", "tokenizer.first_alone=true", "model.patch=[2, 2, 2]"], "use 77 or 85"),
+        (["video.num_frames=3", "tokenizer.first_alone=true", "model.patch=[2, 2, 2]"], "use 5"),
         (["tokenizer.latent_d=769"], "use at most 768"),
         (
             ["flow_matching.t_min=0.5", "flow_matching.t_max=0.5"],
@@ -281,6 +289,56 @@ def test_values_that_do_not_fit_together_name_the_mend(write, overrides, mend):
     message = refusal(path, *overrides)
     assert message.startswith(f"{path} with overrides: ")
     assert mend in message
+
+
+ENCODERS = {
+    "wan": "{type: hf, name_or_path: t, padding: zero, max_length: 512}",
+    "cogvideox": "{type: hf, name_or_path: t, padding: attended, max_length: 226}",
+    "ltx2": "{type: ltx2, name_or_path: t, max_length: 1024}",
+}
+"""How published weights were trained to read captions."""
+
+
+def published_overrides(family: str, text: str) -> list[str]:
+    objective = ["train.objective=ddpm_v"] if family == "cogvideox" else []
+    return [f"model={{type: {family}, name_or_path: w}}", f"text_encoder={text}", *objective]
+
+
+@pytest.mark.parametrize(
+    ("family", "text", "mend"),
+    [
+        (
+            "wan",
+            "{type: hf, name_or_path: t, max_length: 77}",
+            "text_encoder.padding hidden is not how the weights of wan were trained to read captions: "
+            "write text_encoder.padding: zero",
+        ),
+        ("wan", ENCODERS["cogvideox"], "write text_encoder.padding: zero"),
+        ("cogvideox", ENCODERS["wan"], "write text_encoder.padding: attended"),
+        ("wan", ENCODERS["ltx2"], "write text_encoder.type: hf and text_encoder.padding: zero"),
+        ("ltx2", ENCODERS["wan"], "text_encoder.type hf is not how .* write text_encoder.type: ltx2"),
+    ],
+)
+def test_published_weights_want_the_captions_that_they_were_trained_on(write, family, text, mend):
+    path = write("")
+    overrides = published_overrides(family, text)
+    assert re.search(mend, refusal(path, *overrides))
+    # Fresh weights may learn from any; and so may published ones from a new table of words.
+    assert load_recipe(path, [*overrides, "model.name_or_path=", "model.preset=tiny"])
+    assert load_recipe(path, published_overrides(family, "{dim: 32}"))
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_another_length_of_captions_is_told_and_allowed(write, family):
+    path, overrides = write(""), published_overrides(family, ENCODERS[family])
+    assert load_recipe_with_notes(path, overrides)[1] == []
+    shorter = [*overrides, "text_encoder.max_length=128"]
+    recipe, notes = load_recipe_with_notes(path, shorter)
+    usual = load_recipe(path, overrides).text_encoder.max_length
+    assert recipe.text_encoder.max_length == 128
+    assert len(notes) == 1
+    assert f"write text_encoder.max_length: {usual} unless" in notes[0]
+    assert load_recipe_with_notes(path, [*shorter, "model.name_or_path=", "model.preset=tiny"])[1] == []
 
 
 def test_an_override_without_a_value_says_how_to_write_one():

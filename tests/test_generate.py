@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from motionloom.generate import (
 )
 from motionloom.plans import Geometry, Streams, Visibility
 from motionloom.rng import torch_generator
+from motionloom.tokenizers import TokenizerSpec, scene_seconds
 from toy_model import BACKBONES, KNOWING, PLANS, altered, toy_model, toy_recipe
 
 PROMPTS = ("a red circle moves left", "two cats sleep", "a blue star spins")
@@ -102,17 +104,45 @@ def test_time_runs_as_in_training() -> None:
 def test_patches_of_several_cells() -> None:
     model = toy_model("factorized", model={"patch": [2, 2, 1]})
     assert made(model).shape == (3, 8, 16, 24, 3)
-    with pytest.raises(UserError, match=r"height: 5 latent cells do not divide by model\.patch 2: use 4"):
+    with pytest.raises(UserError, match=r"height 20 .* model\.patch \[2, 2, 1\]: use 16 or 24"):
         made(model, ClipRequest(PROMPTS, height=20))
+    # 7 is none of the tokenizer's lengths and 6 none of the patch's: both are told what both can.
+    for frames in (7, 6):
+        with pytest.raises(UserError, match=f"frames {frames} .* use 4 or 8"):
+            made(model, ClipRequest(PROMPTS, frames=frames))
+
+
+@pytest.mark.parametrize("frames, use", [(81, "77 or 85"), (80, "77 or 85"), (1, "5"), (86, "85 or 93")])
+def test_advice_counts_pixel_frames_where_the_first_stands_alone(frames: int, use: str) -> None:
+    """CogVideoX 1.5: four frames to a latent frame, two of these to a token."""
+    model = toy_model(model={"patch": [2, 1, 1]})
+    model = replace(model, tokenizer=SimpleNamespace(spec=TokenizerSpec(6, 4, 4, first_alone=True)))
+    with pytest.raises(UserError, match=rf"frames {frames} .*: use {use}$"):
+        model.geometry(frames, 16, 24, 8.0, [1], batch=1)
+    for good in map(int, use.split(" or ")):
+        assert model.latent_grid(good, 16, 24)[0] % 2 == 0
+
+
+def test_shots_of_a_vae_stand_where_training_has_them() -> None:
+    """Each is coded alone, with a first frame of its own."""
+    model = toy_model()
+    spec = TokenizerSpec(6, 4, 2, first_alone=True)
+    tokenizer = model.recipe.tokenizer.model_copy(update={"type": "wan_vae", "first_alone": True})
+    recipe = model.recipe.model_copy(update={"tokenizer": tokenizer})
+    model = replace(model, recipe=recipe, tokenizer=SimpleNamespace(spec=spec))
+    geometry = model.geometry(spec.pixel_frames(5), 16, 24, 8.0, [2, 3], batch=1)
+    assert geometry.grid == (5, 4, 6)
+    assert torch.equal(geometry.seconds_BF[0], scene_seconds(spec, [3, 5], 8.0))
+    assert geometry.scene_BF.tolist() == [[0, 0, 1, 1, 1]]
 
 
 @pytest.mark.parametrize(
     "wrong, said",
     [
         ({"prompts": ()}, "at least one prompt"),
-        ({"frames": 7}, "7 frames .* use 6 or 8"),
+        ({"frames": 7}, "frames 7 .* use 6 or 8"),
         ({"height": 18}, "height 18 .* use 16 or 20"),
-        ({"width": 3}, "width 3 .* use 4 or 8"),
+        ({"width": 3}, "width 3 .* use 4"),
         ({"first_frames": torch.zeros(3, 2, 16, 24, 3, dtype=torch.uint8)}, "plan is text_to_video"),
     ],
 )

@@ -411,6 +411,35 @@ def test_gradients_end_at_the_cache_unless_they_are_let_through(kind):
             assert not grad[:, chunk_N != c].any()
 
 
+@every_kind
+def test_each_chunk_s_loss_can_be_walked_as_soon_as_it_is_there(kind):
+    """Chunk after chunk, begin, forward, commit, backward; the words learn from all of them."""
+    model, clip = build(kind), clip_of(kind, Chunks(2), 5)
+
+    def learn(cache: KVCache, c: int) -> None:
+        cache.begin(c)
+        outs = model(clip.chunk(c), full, cache)
+        cache.commit()
+        sum(out.square().mean() for out in outs.values()).backward()
+
+    def gradients() -> Tensor:
+        found = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        model.zero_grad()
+        return found
+
+    cache = model.new_cache()
+    for c in range(clip.chunks):
+        learn(cache, c)
+    found = gradients()
+    for c in range(clip.chunks):
+        cache = model.new_cache()
+        with torch.no_grad():
+            written_through(model, replace(clip, chunks=c), cache, full)
+        cache.drop("text")
+        learn(cache, c)
+    torch.testing.assert_close(found, gradients(), rtol=1e-9, atol=1e-12)
+
+
 # --- positions ----------------------------------------------------------------------------------------------
 
 
@@ -601,7 +630,56 @@ def test_a_new_prompt_needs_new_words_and_a_new_past(kind):
         assert off(last(past(cache, told), told), fresh) == 0.0
 
 
+@pytest.mark.parametrize("kind", ["wan", "ltx2"])
+def test_new_words_are_the_old_ones_until_these_are_dropped(kind):
+    """Which of them are padding included; other words in number are refused."""
+    model, clip = build(kind), clip_of(kind, Chunks(2), 4)
+    text, chunk, cache = clip.streams["text"], clip.chunk(0), model.new_cache()
+    assert text.valid_BN is not None
+    assert not text.valid_BN.all()
+    cut = {n: t[:, 1:] for n, t in vars(text).items() if isinstance(t, Tensor) and t.shape[1] == WORDS}
+    fewer = replace(text, grid=(1, 1, WORDS - 1), **cut)
+    unpadded = replace(text, x_BNC=text.x_BNC + 1, valid_BN=torch.ones_like(text.valid_BN))
+    with torch.no_grad():
+        cache.begin(0)
+        old = model(chunk, full, cache)
+        for modality, out in model({**chunk, "text": unpadded}, full, cache).items():
+            assert torch.equal(out, old[modality])
+        with pytest.raises(AssertionError, match="4 tokens of text are held and 3 given"):
+            model({**chunk, "text": fewer}, full, cache)
+        for words in (unpadded, fewer):
+            cache.drop("text")
+            for modality, out in model({**chunk, "text": words}, full, cache).items():
+                assert off({modality: [out]}, {modality: [old[modality]]}) > 1e-3
+
+
 # --- the cache itself ---------------------------------------------------------------------------------------
+
+
+def test_a_chunk_whose_past_was_evicted_is_refused():
+    """It would be made without what it once saw; a snapshot has it."""
+    cache, states = KVCache(1, window=2, sinks=1), []
+
+    def write(c: int) -> None:
+        cache.begin(c)
+        cache.offer("video", {"scene": torch.zeros(1, 3)}, [(torch.ones(1, 3, 1, 2),) * 2])
+        cache.commit()
+
+    for c in range(5):
+        states.append(cache.snapshot())
+        write(c)
+    for c, gone in ((3, 2), (2, 1)):
+        with pytest.raises(AssertionError, match=f"chunk {c} sees chunk {gone}, which was evicted"):
+            cache.begin(c)
+    cache.begin(4)
+    assert cache.chunks("video") == [0, 3]
+    cache.restore(states[3])
+    cache.begin(3)
+    assert cache.chunks("video") == [0, 2]
+    # Chunk 1 sees the sink alone, and once it is there chunk 2 has all that it sees.
+    for c in (1, 2):
+        write(c)
+        assert cache.chunks("video") == [0, 1][:c]
 
 
 @every_kind
@@ -612,7 +690,7 @@ def test_going_back_to_a_snapshot_undoes_everything(kind):
     with torch.no_grad():
         first = written_through(model, replace(clip, chunks=4), cache, full)
         snapshot, bytes_then = cache.snapshot(), cache.memory()
-        held = {t.data_ptr() for e in cache._entries["video"].values() for k, v in e.pairs for t in (k, v)}
+        held = {t.data_ptr() for e in cache._held["video"].values() for k, v in e.pairs for t in (k, v)}
 
         def on() -> Outputs:
             found: Outputs = {}
@@ -627,7 +705,7 @@ def test_going_back_to_a_snapshot_undoes_everything(kind):
         for _ in range(2):
             cache.restore(snapshot)
             assert cache.memory() <= bytes_then
-            now = {t.data_ptr() for e in cache._entries["video"].values() for k, v in e.pairs for t in (k, v)}
+            now = {t.data_ptr() for e in cache._held["video"].values() for k, v in e.pairs for t in (k, v)}
             assert now == held, "a snapshot shares its tensors"
             assert off(on(), ahead) == 0.0
     assert len(first["video"]) == 4
@@ -822,6 +900,21 @@ def test_a_rollout_from_the_cache_is_the_masked_rollout(kind, plan, given):
     everything = ROWS * COLUMNS * frames * (2 if plan.forcing == "teacher" else 1)
     assert tokens[0] == {everything}
     assert tokens[1] == {ROWS * COLUMNS * (s.stop - s.start) for s in plan.stages(geo)}
+
+
+@pytest.mark.parametrize("solver", ["ddim", "consistency"])
+def test_stochastic_solvers_draw_the_same_with_and_without_a_cache(solver):
+    geo, plan, model = geometry(5), Chunks(2), build("joint")
+    noise = draw(torch.float64, 2, 5, ROWS * COLUMNS, KINDS["joint"].channels, key="noise")
+    text, sampling = caption("joint", torch.float64), Sampling(solver, 3, eta=1.0)
+    masked, cached, other = (
+        rollout(
+            Predictor(wrap(model)), plan, geo, text, noise, sampling, generator=torch_generator("draws", key)
+        )
+        for wrap, key in ((WithoutCache, 0), (WithCache, 0), (WithCache, 1))
+    )
+    assert ((masked - cached).abs().max() / cached.abs().max()).item() < 1e-12
+    assert (other - cached).abs().max() > 1e-3
 
 
 def test_a_backbone_without_a_cache_runs_under_the_mask():

@@ -295,7 +295,7 @@ def test_defaults_are_diffusers_own():
         ({"cross_attention_dim": 3}, "cross_attention_dim is 3"),
         ({"rope_type": "flat"}, "rope_type is 'flat'"),
         ({"audio_num_attention_heads": 4}, "make them equal"),
-        ({"num_experts": 8}, "unknown key 'num_experts'"),
+        ({"num_experts": 8}, "does not know num_experts"),
         ({"num_layers": "many"}, "num_layers is 'many'"),
     ],
 )
@@ -474,8 +474,9 @@ def test_no_chunk_learns_of_the_noise_of_a_later_one(modality):
     after = model({**streams, modality: louder}, causal_chunks())
     for m in before:
         early = (streams[m].chunk_BN < 2).expand(BATCH, -1)
-        assert torch.equal(before[m][early], after[m][early])
-        assert not torch.equal(before[m][~early], after[m][~early])
+        # Not to the bit: with several threads a product of other values may be cut up in another way.
+        assert distance(after[m][early], before[m][early]) < 1e-5
+        assert distance(after[m][~early], before[m][~early]) > 1e-3
 
 
 def test_sound_that_starts_later_does_not_reach_the_first_frames():
@@ -690,6 +691,47 @@ def test_words_are_held_only_where_noise_does_not_modulate_them():
         assert torch.equal(model(other, causal_chunks(), cache)["video"], first["video"]) == held
         cache.drop("text")
         assert not torch.equal(model(other, causal_chunks(), cache)["video"], first["video"])
+
+
+def test_words_are_held_for_the_streams_that_asked():
+    """Also where heads of both streams have one width."""
+    model, streams = build(replace(TINY, audio_attention_head_dim=16)), chunk_of(chunked(make(TINY)), 0)
+    cache = model.new_cache()
+    cache.begin(0)
+    for modality in ("video", "audio", "video"):
+        alone = {m: streams[m] for m in (modality, "text")}
+        found = model(alone, causal_chunks(), cache)[modality]
+        assert torch.equal(found, model(alone, causal_chunks())[modality])
+    model(streams, causal_chunks(), cache)
+
+
+def test_chunks_from_a_cache_all_bring_the_same_streams():
+    """What the sound of earlier chunks tells a silent one is not in the cache, nor the reverse."""
+    model, streams = build(TINY), chunked(make(TINY))
+    silent = {m: s for m, s in streams.items() if m != "audio"}
+    for first, second, told in (
+        (streams, silent, "earlier chunks have audio and this one has none"),
+        (silent, streams, "chunks before this one have no video for audio"),
+    ):
+        cache = model.new_cache()
+        cache.begin(0)
+        model(chunk_of(first, 0), causal_chunks(), cache)
+        cache.commit()
+        cache.begin(1)
+        with pytest.raises(AssertionError, match=told):
+            model(chunk_of(second, 1), causal_chunks(), cache)
+
+
+def test_isolated_streams_have_a_cache_of_their_own():
+    model, streams, apart = build(TINY), chunked(make(TINY)), Perturbation(isolate=True)
+    wanted = model(streams, causal_chunks(), perturb=apart)
+    cache = model.new_cache()
+    for chunk in range(3):
+        cache.begin(chunk)
+        found = model(chunk_of(streams, chunk), causal_chunks(), cache, perturb=apart)
+        cache.commit()
+        for m in found:
+            assert distance(found[m], wanted[m][:, streams[m].chunk_BN[0] == chunk]) < 1e-5
 
 
 def test_a_re_based_window_hears_and_sees_as_an_absolute_one():

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from motionloom.flow import LINEAR
 from motionloom.nn.attention import pinned
-from motionloom.plans import Chunks, FirstFrame, Plan, Scenes, Streams, Visibility, to_streams
+from motionloom.plans import (
+    Chunks,
+    FirstFrame,
+    Plan,
+    Scenes,
+    Streams,
+    TextToVideo,
+    Visibility,
+    full,
+    to_streams,
+)
 from motionloom.plans.packing import pack
 from motionloom.plans.visibility import scene_summaries
 from test_backbones import Sample, build, sample
+from test_kv_cache import build as build_with_sound
+from test_kv_cache import clip_of
 
 PLANS: dict[str, Plan] = {
     "scenes": Scenes(1.0),
@@ -58,6 +72,26 @@ def test_a_packed_row_equals_its_samples_one_by_one(plan, way):
     for a, b in zip(gradients(model, together), gradients(model, alone), strict=True):
         if a is not None:
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("seen", ["by the plan", "everything"])
+@pytest.mark.parametrize("plan", [TextToVideo(), Chunks(2), Chunks(2, forcing="teacher")], ids=repr)
+@pytest.mark.parametrize("kind", ["ltx2", "ltx2.3"])
+def test_samples_with_sound_do_not_hear_of_each_other_s_noise(kind, plan, seen):
+    """Sound is modulated by the picture's noise and the reverse: by that of its own sample."""
+    model = build_with_sound(kind)
+    clips = [clip_of(kind, plan, frames, batch=1) for frames in (3, 5)]
+    visibility = clips[0].visibility if seen == "by the plan" else full
+    samples = [
+        {m: replace(s, sigma_BK=s.sigma_BK * louder) for m, s in clip.streams.items()}
+        for clip, louder in zip(clips, (1.0, 0.3), strict=True)
+    ]
+    packed = pack(samples, visibility)
+    with torch.no_grad():
+        together = packed.unpack(model(packed.streams, packed.visibility))
+        for streams, answers in zip(samples, together, strict=True):
+            for modality, alone in model(streams, visibility).items():
+                torch.testing.assert_close(answers[modality], alone, rtol=0, atol=1e-10)
 
 
 def test_summaries_stay_within_their_sample():

@@ -104,6 +104,22 @@ def relative(a: Tensor, b: Tensor) -> float:
 
 
 @torch.no_grad()
+def test_captions_for_wan_are_cleaned_as_its_pipeline_does(models):
+    """Web text: HTML entities, twice escaped ones, and whitespace of all kinds."""
+    from diffusers import WanPipeline
+
+    peer = pipeline(models["umt5"], "UMT5EncoderModel")
+    captions = ["  a red &amp;amp; blue\n\tcircle ", "\u2028a&nbsp;star &lt;3"]
+    wanted = WanPipeline._get_t5_prompt_embeds(peer, captions, max_sequence_length=16)
+    encoder = build_text_encoder(config(models["umt5"], padding="zero"), seed=0)
+    assert relative(encoder.encode(captions)[0], wanted) < 1e-5
+    other = build_text_encoder(config(models["umt5"]), seed=0)
+    assert not torch.equal(other.encode(captions)[0], encoder.encode(captions)[0]), "it is Wan's rule alone"
+    entities = ["&amp;amp; " * 10]
+    assert (other.count_cut(entities), encoder.count_cut(["&amp;amp;"])) == (1, 0)
+
+
+@torch.no_grad()
 def test_umt5_is_embedded_as_wan_does(models):
     from diffusers import WanPipeline
 
@@ -308,10 +324,16 @@ def test_connectors_that_do_not_fit_are_refused(models, tmp_path):
     wrong("no safetensors", text_proj_in_factor=3)
     (tmp_path / "c" / "w.safetensors").symlink_to(next(good.glob("*.safetensors")))
     wrong("not what its config.json says", text_proj_in_factor=4)
-    wrong("do not know windows", windows=3)
+    wrong("does not know windows", windows=3)
     wrong("_class_name is Other", _class_name="Other")
-    wrong("known are interleaved and split", rope_type="none")
-    wrong("without registers", video_connector_num_learnable_registers=None)
+    wrong("rope_type is 'none', expected interleaved or split", rope_type="none")
+    wrong("registers is None, expected a whole", video_connector_num_learnable_registers=None)
+    wrong("heads is None, expected a whole number above 0", video_connector_num_attention_heads=None)
+    wrong("head_dim is None", audio_connector_attention_head_dim=None)
+    wrong("factor is '3'", text_proj_in_factor="3")
+    wrong("rope_theta is 'x', expected a number above 0", rope_theta="x")
+    wrong("base_seq_len is 0", connector_rope_base_seq_len=0)
+    wrong("video_gated_attn is 1, expected true or false", video_gated_attn=1)
     wrong("24 wide, but its features are 32", audio_connector_num_attention_heads=3)
     wrong(
         "no multiple of the connectors' 4 registers: set text_encoder.max_length=16", {"max_length": 14}, good
@@ -319,6 +341,31 @@ def test_connectors_that_do_not_fit_are_refused(models, tmp_path):
     theirs("2.0", text_proj_in_factor=4).save_pretrained(tmp_path / "deeper")
     wrong("32 channels and 3 layers; .* has 32 and 2", path=tmp_path / "deeper")
     wrong("is a umt5, and LTX-2 reads Gemma 3", {"name_or_path": str(models["umt5"])}, good)
+
+
+@pytest.mark.parametrize("kind", ["hash", "hf", "ltx2"])
+def test_a_damaged_note_of_an_encoder_is_one_line(models, tmp_path, kind):
+    folder = models["gemma3"].parent / "connectors 2.0"
+    recipe = {
+        "hash": TextEncoderConfig(dim=8, max_length=4),
+        "hf": config(models["t5"]),
+        "ltx2": config(models["gemma3"], type="ltx2", connectors=str(folder)),
+    }[kind]
+    build_text_encoder(recipe, seed=0).save(tmp_path)
+    note = tmp_path / "text_encoder.json"
+    good = json.loads(note.read_text())
+    for key in good.keys() - {"type", "padding"}:
+        note.write_text(json.dumps({name: value for name, value in good.items() if name != key}))
+        with pytest.raises(UserError, match=f"text_encoder.json: {key} is missing"):
+            load_text_encoder(tmp_path)
+    for key in good.keys() - {"type"}:
+        note.write_text(json.dumps(good | {key: ["float99"]}))
+        with pytest.raises(UserError, match=rf"text_encoder.json: {key} is \('float99',\), expected"):
+            load_text_encoder(tmp_path)
+    if kind != "hash":
+        note.write_text(json.dumps(good | {"dtype": "float99"}))
+        with pytest.raises(UserError, match="dtype is 'float99', expected float32 or bfloat16 or int8"):
+            load_text_encoder(tmp_path)
 
 
 # --- 8-bit, cache, recipe -----------------------------------------------------------------------------------

@@ -282,6 +282,9 @@ def respecified(**changes: object) -> Callable[[Path], object]:
         (respecified(channels=9), r"shape \(96, 8\) instead of \(96, 9\)"),
         (respecified(first_alone=True), "first.mean_D"),
         (respecified(color="red"), "color"),
+        (respecified(type=["patch"]), "it has no type"),
+        (respecified(spatial=4.0), "spatial is 4.0, expected a whole number above 0"),
+        (respecified(first_alone=0), "first_alone is 0, expected true or false"),
     ],
 )
 def test_a_damaged_folder_is_named(damage: Callable[[Path], object], said: str, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from motionloom.data.cache import build_cache, open_cache
 from motionloom.data.loader import Loader
 from motionloom.data.manifest import ManifestEntry, Scene, read_entry
 from motionloom.errors import UserError
+from motionloom.evals.inspection import sheet_clips
 from motionloom.rng import torch_generator
 from motionloom.tokenizers import (
     VAES,
@@ -73,12 +74,14 @@ LTX2: dict[str, Any] = {
     "decoder_layers_per_block": [1, 1, 1, 1],
     "decoder_causal": False,
 }
-# Strided downsamplers, upsamplers of single axes without a shortcut, blocks that change their width.
+# Strided downsamplers, upsamplers of single axes without a shortcut, blocks that change their width, and
+# edges that are not mirrored.
 LTX2_OTHER = LTX2 | {
     "decoder_block_out_channels": [8, 8, 8, 16],
     "decoder_layers_per_block": [1, 1, 1, 2, 1],
     "decoder_inject_noise": [False] * 5,
     "decoder_spatio_temporal_scaling": [True] * 4,
+    "decoder_spatial_padding_mode": "zeros",
     "upsample_factor": [1, 1, 1, 1],
     "upsample_residual": [False, True, False, True],
     "downsample_type": ["spatial", "conv", "spatiotemporal", "temporal"],
@@ -510,6 +513,10 @@ def test_a_cache_encodes_shot_by_shot(folder: Path, tmp_path: Path) -> None:
     tokens = tokenizer("wan2.1")
     wanted = torch.cat([tokens.encode(shot) for shot in shots], dim=1)[0]
     torch.testing.assert_close(row.latents_FhwC, wanted, atol=2e-3, rtol=1e-3)
+    seen = torch.cat([tokens.decode(z[None]) for z in row.latents_FhwC.split([2, 3, 1])], dim=1)[0]
+    assert torch.equal(row.decode(tokens), seen)
+    (shown,), _ = sheet_clips(cache)
+    assert torch.equal(torch.from_numpy(shown), seen), "inspect shows what training sees"
     batch = Loader(cache, asked).batch(0)
     assert batch.scene_BF.tolist() == [[0, 0, 1, 1, 1, 2]]
     # Centres of frames 0, 1-4 | 5, 6-9, 10-13 | 14, laid end to end.
@@ -682,13 +689,78 @@ def test_other_errors_in_one_line(folder: Path, tmp_path: Path) -> None:
         tokens.encode(torch.zeros(1, 6, 16, 16, 3, dtype=torch.uint8))
     tokens.save(tmp_path / "saved")
     edited("tokenizer.json", color="red")(tmp_path / "saved")
-    with pytest.raises(UserError, match=r"not a tokenizer's .*color"):
+    with pytest.raises(UserError, match=r"tokenizer.json: wan_vae does not know color"):
         load_tokenizer(tmp_path / "saved")
 
 
-def test_ltx2_has_to_have_room_to_mirror() -> None:
-    with pytest.raises(UserError, match="one latent row"):
-        tokenizer("ltx2").decode(some_latents("ltx2", 2, cells=(1, 4)))
+@pytest.mark.parametrize(
+    "name, file, changes, said",
+    [
+        ("wan2.1", "tokenizer.json", {"tile": "abc"}, "tile is 'abc', expected a whole number"),
+        ("wan2.1", "tokenizer.json", {"tile": None}, "tile is None"),
+        ("wan2.1", "tokenizer.json", {"tile": 64.5}, "tile is 64.5"),
+        ("wan2.1", "tokenizer.json", {"tile": 64, "tile_overlap": "8"}, "tile_overlap is '8'"),
+        ("wan2.1", "tokenizer.json", {"precision": ["fp32"]}, "expected fp32 or bf16"),
+        ("wan2.1", "tokenizer.json", {"type": ["wan_vae"]}, "it has no type"),
+        ("wan2.1", "config.json", {"dim_mult": []}, "cannot be loaded as AutoencoderKLWan"),
+        ("wan2.1", "config.json", {"temperal_downsample": [True]}, "cannot be loaded as AutoencoderKLWan"),
+        ("wan2.1", "config.json", {"temperal_downsample": [0, 1, 1]}, r"temperal_downsample is \[0, 1, 1\]"),
+        ("wan2.1", "config.json", {"patch_size": "2"}, "patch_size is '2'"),
+        ("wan2.1", "config.json", {"patch_size": 2}, "in_channels is 3, not the 3 x 2 x 2 of patch_size"),
+        ("wan2.1", "config.json", {"latents_mean": None}, "latents_mean is None, not a list of numbers"),
+        ("wan2.1", "config.json", {"latents_mean": [0.1]}, "1 means for latents of 4 numbers"),
+        ("wan2.1", "config.json", {"latents_mean": [0.1, 0, float("nan"), 0]}, "means .* not all finite"),
+        ("wan2.1", "config.json", {"latents_std": [1.0, 2.0]}, "2 deviations for latents of 4 numbers"),
+        ("wan2.1", "config.json", {"latents_std": [1, 1, 0, 1]}, "deviations .* not all above 0"),
+        ("wan2.1", "config.json", {"latents_std": ["1"] * 4}, "latents_std is .*, not a list of numbers"),
+        ("cogvideox", "config.json", {"scaling_factor": 0}, "scaling_factor is 0, not a number above 0"),
+        ("cogvideox", "config.json", {"scaling_factor": None}, "scaling_factor is None"),
+        ("cogvideox", "config.json", {"shift_factor": "a"}, "shift_factor is .*'a'"),
+        ("cogvideox", "config.json", {"norm_num_groups": 0}, "cannot be loaded as AutoencoderKLCogVideoX"),
+        ("cogvideox", "config.json", {"temporal_compression_ratio": 0}, "AutoencoderKLCogVideoX"),
+        ("cogvideox", "config.json", {"temporal_compression_ratio": 5}, "ratio is 5, not a power of 2"),
+        ("ltx2", "config.json", {"scaling_factor": 0}, "scaling_factor is 0, not a number above 0"),
+        ("ltx2", "config.json", {"decoder_causal": None}, "decoder_causal is None, neither true nor false"),
+    ],
+)
+def test_a_wrong_value_in_a_saved_tokenizer_is_named(
+    name: str, file: str, changes: dict[str, Any], said: str, tmp_path: Path
+) -> None:
+    """Not a traceback from inside the model's class, nor other latents in silence."""
+    tokenizer(name).save(tmp_path)
+    edited(file, **changes)(tmp_path)
+    with pytest.raises(UserError, match=said) as error:
+        load_tokenizer(tmp_path)
+    assert str(tmp_path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_statistics_in_the_weights_are_looked_at() -> None:
+    import copy
+
+    vae = copy.deepcopy(model("ltx2"))
+    vae.latents_std[3] = 0
+    with pytest.raises(ValueError, match="deviations of its latents are not all above 0"):
+        VaeTokenizer(VAES["ltx2_vae"], vae, VaeSettings())
+
+
+@pytest.mark.parametrize("cells", [(1, 3), (2, 1), (1, 1)])
+def test_ltx2_decodes_what_it_encodes_down_to_one_cell(cells: tuple[int, int]) -> None:
+    """Where its decoder mirrors edges it goes on beyond a lone row or column as if that were repeated."""
+    tokens, video = tokenizer("ltx2"), clip("ltx2", 9, cells=cells)
+    latents = tokens.encode(video)
+    pixels = floats(tokens, latents)
+    assert pixels.shape == video.shape
+    wide = latents.repeat(1, 1, *(3 - min(2, n) for n in cells), 1).contiguous()
+    wanted = reference_pixels("ltx2", wide)[:, :, : video.shape[2], : video.shape[3]]
+    assert wanted.std() > 0.03
+    assert (pixels - wanted).abs().max() < 2e-5
+    # In tiles of one cell as well.
+    assert tokenizer("ltx2", tile=32, tile_overlap=0).decode(latents).shape == video.shape
+    # A decoder that mirrors nothing needs no such thing, and has an answer of its own.
+    plain = some_latents("ltx2-other", 2, cells=cells)
+    answer = floats(tokenizer("ltx2-other"), plain)
+    assert (answer - reference_pixels("ltx2-other", plain)).abs().max() < 2e-5
 
 
 def test_a_decoder_that_draws_noise_is_refused(tmp_path: Path) -> None:

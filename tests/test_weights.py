@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import struct
 import time
@@ -17,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from motionloom.backbones import build_backbone
 from motionloom.backbones.families import FAMILIES, SizesNote, as_original, recognise
 from motionloom.backbones.keys import Fused, KeyMap, Piece
 from motionloom.backbones.weights import (
@@ -28,6 +30,7 @@ from motionloom.backbones.weights import (
     write_folder,
 )
 from motionloom.backbones.weights.pickles import open_pickle
+from motionloom.config.recipe import ModelConfig
 from motionloom.errors import UserError
 from published import TINY, reference, save_diffusers, save_original, tensors
 from test_resume import PROGRAM, finish, start
@@ -289,11 +292,58 @@ def test_what_cannot_be_recognised_is_said_so(tmp_path):
     assert "its shapes are those of no preset of wan" in refusal(lambda: recognise(few))
 
 
+@pytest.mark.parametrize(
+    "family, entries, told",
+    [
+        ("wan", {"num_layers": True}, "num_layers is True, expected a whole number above 0"),
+        ("wan", {"patch_size": [1, 2, "2"]}, "expected a list of 3, each a whole number above 0"),
+        ("wan", {"image_dim": "1280"}, "image_dim is '1280', expected a whole number above 0 or null"),
+        ("wan", {"eps": float("nan")}, "eps is nan, expected a number above 0"),
+        ("cogvideox", {"norm_eps": float("inf")}, "norm_eps is inf"),
+        ("cogvideox", {"attention_bias": 1}, "attention_bias is 1, expected true or false"),
+        ("cogvideox", {"schedule": {}}, "does not know schedule"),
+        ("ltx2", {"vae_scale_factors": None}, "vae_scale_factors is None, expected a list of 3"),
+        ("ltx2", {"vae_scale_factors": 8}, "vae_scale_factors is 8"),
+        ("ltx2", {"vae_scale_factors": "x"}, "vae_scale_factors is 'x'"),
+        ("ltx2", {"vae_scale_factors": [1, 2]}, r"vae_scale_factors is \(1, 2\)"),
+        ("ltx2", {"_class_name": "LTXVideoTransformer3DModel"}, "ltx2 reads LTX2VideoTransformer3DModel"),
+        ("ltx2", {"num_layers": 0}, "num_layers is 0"),
+    ],
+)
+def test_sizes_of_wrong_types_are_one_line(family, entries, told):
+    config = FAMILIES[family].preset(TINY[family]).to_diffusers()
+    assert re.search(told, refusal(lambda: FAMILIES[family].from_diffusers(config | entries)))
+
+
+@pytest.mark.parametrize(
+    "family, preset",
+    [
+        ("wan", "wan2.1-i2v-14b"),
+        ("wan", "wan2.1-flf2v-14b"),
+        ("wan", "wan2.2-i2v-a14b"),
+        ("cogvideox", "cogvideox-5b-i2v"),
+        ("cogvideox", "cogvideox1.5-5b-i2v"),
+    ],
+)
+def test_models_that_read_an_image_are_refused_before_any_weight_is(family, preset):
+    def build(name: str) -> Any:
+        patch = FAMILIES[family].on_meta(FAMILIES[family].preset(name)).patch
+        return build_backbone(ModelConfig(type=family, preset=name, patch=patch), 16, 4096, device="meta")
+
+    told = refusal(lambda: build(preset))
+    assert f"{family} ({preset}) reads a given image beside the noisy video, and no plan.type brings" in told
+    assert build(next(name for name, sizes in FAMILIES[family].presets.items() if not sizes.reads_image))
+
+
 @every_family
 def test_a_note_of_sizes_comes_back(family, tmp_path):
     for name, sizes in FAMILIES[family].presets.items():
         SizesNote(FAMILIES[family], sizes).save(tmp_path)
         assert SizesNote.load(tmp_path).sizes == sizes, name
+    note = json.loads((tmp_path / "backbone.json").read_text())
+    for schedule in (3, {"steps": "1000"}, {"noise": 1}):
+        (tmp_path / "backbone.json").write_text(json.dumps(note | {"schedule": schedule}))
+        assert "backbone.json: schedule" in refusal(lambda: SizesNote.load(tmp_path))
     (tmp_path / "backbone.json").write_text("{}")
     assert "is of no backbone known here" in refusal(lambda: SizesNote.load(tmp_path))
 

@@ -61,7 +61,8 @@ def build_backbone(
         device: where; ``meta`` is shapes alone, in no memory and without values.
 
     Raises:
-        UserError: sizes that cannot be had, or that do not go with the recipe's patch, tokenizer or text.
+        UserError: sizes that cannot be had, or that do not go with the plans or with the recipe's patch,
+            tokenizer or text.
     """
     if config.imported:
         model = _published(config, latent_channels, text_dim, sizes)
@@ -94,6 +95,11 @@ def _published(
     sizes = sizes or backbone_sizes(config)
     model = cast("Wan", family.on_meta(sizes, checkpoint_blocks=config.checkpoint_blocks))
     named = f"{config.type} ({config.preset or config.name_or_path})"
+    if sizes.reads_image:
+        raise UserError(
+            f"{named} reads a given image beside the noisy video, and no plan.type brings one: take the "
+            "text-to-video model of its family; with plan.type: first_frame that learns to begin with a frame"
+        )
     if tuple(config.patch) != tuple(model.patch):
         raise UserError(
             f"model.patch is {list(config.patch)}, but {named} was made for another: write model.patch: "

@@ -186,7 +186,8 @@ class CogVideoX(nn.Module):
         self.patch = sizes.patch
         self.latent_channels, self.text_dim = sizes.out_channels, sizes.text_embed_dim
         self.schedule = sizes.schedule
-        """The noise levels that the network knows: training draws from it, sampling visits nothing else."""
+        """The noise levels that the network knows. Training draws from it, and sampling steps on them to the
+        clean end; heun also asks there, which goes in as the cleanest of them (timestep 0)."""
         self.patch_embed = PatchEmbed(sizes)
         self.time_embedding = TimestepEmbedding(sizes.dim, sizes.time_embed_dim)
         if sizes.ofs_embed_dim is not None:
@@ -300,10 +301,12 @@ class CogVideoX(nn.Module):
         """Positions by table, which knows one frame size and so many frames; each caption begins anew."""
         places, longest = self.patch_embed.pos_embedding, self.sizes.max_text_seq_length
         frames, rows, columns = self.sizes.base_grid
-        if video.grid[1:] != (rows, columns) or video.grid[0] > frames:
+        # Counted by cells, not by the grid: copies of a frame stand where the frame does.
+        given = int(video.cell_BN3[..., 0].max()) + 1, *video.grid[1:]
+        if given[1:] != (rows, columns) or given[0] > frames:
             raise UserError(
                 f"this cogvideox has learned positions for up to {frames} x {rows} x {columns} tokens "
-                f"(frames, rows, columns) and is given {' x '.join(map(str, video.grid))}: choose its size"
+                f"(frames, rows, columns) and is given {' x '.join(map(str, given))}: choose its size"
             )
         frame_BN, row_BN, column_BN = video.cell_BN3.unbind(-1)
         index_BN = longest + (frame_BN * rows + row_BN) * columns + column_BN
@@ -340,17 +343,27 @@ def _places(video: Stream, sizes: CogVideoXSizes) -> Tensor:
     """
     if sizes.patch_size_t is not None:
         return video.cell_BN3.double()
-    _, rows, columns = video.grid
-    _, base_rows, base_columns = sizes.base_grid
-    scale = min(base_rows / rows, base_columns / columns)
+    counts = _rows_and_columns(video)
+    scale = torch.minimum(*(base / count for base, count in zip(sizes.base_grid[1:], counts, strict=True)))
     frame_BN, *cells = video.cell_BN3.double().unbind(-1)
     places = [frame_BN]
-    for cell_BN, count, base in zip(cells, (rows, columns), (base_rows, base_columns), strict=True):
-        length = round(scale * count)
-        first = round((base - length) / 2)
+    for cell_BN, count, base in zip(cells, counts, sizes.base_grid[1:], strict=True):
+        length = (scale * count).round()
+        first = ((base - length) / 2).round()
         last = (first + length) * (count - 1) / count
-        places.append(first + cell_BN * ((last - first) / max(count - 1, 1)))
+        places.append(first + cell_BN * ((last - first) / (count - 1).clamp(min=1)))
     return torch.stack(places, dim=-1)
+
+
+def _rows_and_columns(video: Stream) -> tuple[Tensor, ...]:
+    """How many each token's frame has, two of (B or 1, N or 1), float64. The samples of a packed row may
+    differ, and its grid says nothing of them."""
+    cell_BN2 = video.cell_BN3[..., 1:].double()
+    if video.sample_BN is None:
+        return (cell_BN2.amax(dim=1, keepdim=True) + 1).unbind(-1)
+    sample_BN2 = video.sample_BN[..., None].expand_as(cell_BN2)
+    last_BN2 = torch.zeros_like(cell_BN2).scatter_reduce(1, sample_BN2, cell_BN2, "amax")
+    return (last_BN2.gather(1, sample_BN2) + 1).unbind(-1)
 
 
 def _sincos(cell_BN3: Tensor, sizes: CogVideoXSizes, dtype: torch.dtype) -> Tensor:

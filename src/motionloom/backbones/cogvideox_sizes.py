@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from motionloom.config.entries import entry, from_entries, own_keys
 from motionloom.errors import UserError
 from motionloom.flow.discrete import DiscreteSchedule
 
@@ -81,6 +82,11 @@ class CogVideoXSizes:
         return self.in_channels - self.out_channels
 
     @property
+    def reads_image(self) -> bool:
+        """Image-to-video."""
+        return self.extra_channels > 0
+
+    @property
     def base_grid(self) -> tuple[int, int, int]:
         """Tokens (frames, rows, columns) of the size that the positions were trained at."""
         frames = (self.sample_frames - 1) // self.temporal_compression_ratio + 1
@@ -97,16 +103,13 @@ class CogVideoXSizes:
         Raises:
             UserError: a key that this backbone does not know, or a value that no published model has.
         """
-        if (kind := config.get("_class_name", DIFFUSERS_CLASS)) != DIFFUSERS_CLASS:
-            raise UserError(f"config.json: _class_name is {kind}, but cogvideox reads {DIFFUSERS_CLASS}")
-        known = {field.name for field in fields(cls)} - {"schedule"}
-        values = {key: value for key, value in config.items() if not key.startswith("_")}
-        for key, value in values.items():
-            if key in _ALWAYS and value != _ALWAYS[key]:
-                raise UserError(f"config.json: {key} is {value!r}, but cogvideox knows only {_ALWAYS[key]!r}")
-            if key not in known and key not in _ALWAYS:
-                raise UserError(f"config.json: cogvideox does not know {key}: is it of another model?")
-        sizes = cls(**{key: value for key, value in values.items() if key in known})
+        given = own_keys(config, DIFFUSERS_CLASS, "config.json", "cogvideox")
+        for key, always in _ALWAYS.items():
+            if given.pop(key, always) != always:
+                raise UserError(f"config.json: {key} is {config[key]!r}, but cogvideox knows only {always!r}")
+        if "schedule" in given:
+            raise UserError("config.json: cogvideox does not know schedule: is it of another model?")
+        sizes = from_entries(cls, given, "config.json", "cogvideox")
         sizes._check()
         if scheduler is not None:
             return replace(sizes, schedule=schedule_from_diffusers(scheduler))
@@ -119,18 +122,6 @@ class CogVideoXSizes:
         return {"_class_name": DIFFUSERS_CLASS, **_ALWAYS, **values}
 
     def _check(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(field.default, bool):
-                right = isinstance(value, bool)
-            elif isinstance(field.default, float):
-                right = isinstance(value, float | int) and value > 0
-            elif field.name == "schedule" or (value is None and field.default is None):
-                right = True
-            else:
-                right = type(value) is int and value > 0
-            if not right:
-                raise UserError(f"config.json: {field.name} is {value!r}, which cogvideox cannot read")
         if self.attention_head_dim % 16 or self.extra_channels < 0:
             raise UserError(
                 f"config.json: attention_head_dim {self.attention_head_dim} must be a multiple of 16, and "
@@ -154,19 +145,24 @@ def schedule_from_diffusers(config: Mapping[str, Any]) -> DiscreteSchedule:
     Raises:
         UserError: it is not for v-prediction, or has betas or a spacing that are not known here.
     """
-    betas, spacing = config.get("beta_schedule", "scaled_linear"), config.get("timestep_spacing", "leading")
+    where = "scheduler_config.json"
     if (kind := config.get("prediction_type", "epsilon")) != "v_prediction":
-        raise UserError(f"scheduler_config.json: prediction_type {kind!r}; a cogvideox predicts v_prediction")
+        raise UserError(f"{where}: prediction_type {kind!r}; a cogvideox predicts v_prediction")
     if config.get("trained_betas") is not None:
-        raise UserError("scheduler_config.json: trained_betas are not read; give beta_schedule and its ends")
+        raise UserError(f"{where}: trained_betas are not read; give beta_schedule and its ends")
+
+    def read(key: str, kind: Any, default: Any) -> Any:
+        return entry(config, key, kind, where, default)
+
+    betas = read("beta_schedule", str, "scaled_linear")
     return DiscreteSchedule(
         betas="cosine" if betas == "squaredcos_cap_v2" else betas,
-        steps=config.get("num_train_timesteps", 1000),
-        beta_start=config.get("beta_start", 0.00085),
-        beta_end=config.get("beta_end", 0.012),
-        zero_terminal_snr=config.get("rescale_betas_zero_snr", False),
-        snr_shift=config.get("snr_shift_scale", 3.0),
-        spacing=spacing,
+        steps=read("num_train_timesteps", int, 1000),
+        beta_start=read("beta_start", float, 0.00085),
+        beta_end=read("beta_end", float, 0.012),
+        zero_terminal_snr=read("rescale_betas_zero_snr", bool, False),
+        snr_shift=read("snr_shift_scale", float, 3.0),
+        spacing=read("timestep_spacing", str, "leading"),
     )
 
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from motionloom.backbones.keys import KeyMap
 from motionloom.backbones.weights import Weights, mismatch, read_json
+from motionloom.config.entries import from_entries
 from motionloom.errors import UserError
 from motionloom.flow import DiscreteSchedule
 
@@ -29,6 +30,11 @@ CONFIG_NOTE = "diffusers_config"
 
 class Sizes(Protocol):
     """Sizes of one member of a family, as a frozen dataclass."""
+
+    @property
+    def reads_image(self) -> bool:
+        """It cannot do without a given image, beside the noisy latents or as tokens."""
+        ...
 
     def to_diffusers(self) -> dict[str, Any]:
         """What diffusers' ``config.json`` says of it."""
@@ -192,7 +198,11 @@ class SizesNote:
         family = FAMILIES[note["type"]]
         sizes: Any = family.from_diffusers(note["config"])
         if "schedule" in note:
-            sizes = replace(sizes, schedule=DiscreteSchedule(**note["schedule"]))
+            where = f"{folder / NOTE}: schedule"
+            if not isinstance(note["schedule"], dict):
+                raise UserError(f"{where} is {note['schedule']!r}: use the version that wrote it")
+            schedule = from_entries(DiscreteSchedule, note["schedule"], where, family.name)
+            sizes = replace(sizes, schedule=schedule)
         return SizesNote(family, sizes)
 
 

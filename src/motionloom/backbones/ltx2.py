@@ -7,12 +7,14 @@ level 0) still takes part in it, which is how sound is made for a film and a fil
 Where the original has one noise level per sample, there is one per token here:
 
 - Attention between the streams is modulated by the level of the other stream: the highest among its tokens
-  of the same chunk, context copies apart from the rest, and 0 if it has none there. Where everyone sees
-  everyone there are no chunks, and it is the highest of the sample. So no chunk learns of the noise of a
-  later one, and a chunk made from a cache is modulated as it is in one masked forward.
+  of the same chunk, context copies apart from the rest, and 0 if it has none there. Where all of a sample
+  sees all of it there are no chunks, and it is the highest of the sample. So no chunk learns of the noise of
+  a later one, and a chunk made from a cache is modulated as it is in one masked forward.
 - Keys and values of the text are modulated by the text token's own level (``text.level_BN``).
 
-With equal levels in all tokens that is the original's answer.
+With equal levels in all tokens, the text's among them, that is the original's answer. Plans of causal chunks
+put the text at level 0, since it may not hear of any chunk's noise: prompt AdaLN (2.3) then says "clean"
+whatever the level of the video, which is not what the original would answer.
 
 Shapes: B batch, N tokens of a stream, M of the other, L text tokens, K noise levels, P modulation parts,
 D width of a stream, H heads, C channels of a token.
@@ -30,7 +32,15 @@ from torch.utils.checkpoint import checkpoint
 
 from motionloom.backbones.ltx2_block import Attention, Block, Cross, Modulation, Side
 from motionloom.backbones.ltx2_keys import ORIGINAL_KEYS
-from motionloom.backbones.ltx2_reach import OFFERED, Layers, Reach, cross_levels, some_valid
+from motionloom.backbones.ltx2_reach import (
+    OFFERED,
+    Left,
+    Pasts,
+    Reach,
+    counts_as_one,
+    cross_levels,
+    some_valid,
+)
 from motionloom.backbones.ltx2_rope import own_tables, shared_tables
 from motionloom.backbones.ltx2_sizes import PRESETS, LTX2Sizes
 from motionloom.errors import UserError
@@ -190,7 +200,7 @@ class LTX2(nn.Module):
             sides[name], embedded[name] = self._side(stream, others, reach)
             if not words_held:
                 sides[name] = sides[name]._replace(text_BLD=self._words(name, text, batch))
-        pasts = None if cache is None else reach.past(words_held)
+        pasts = None if cache is None else reach.past(crossing=len(present) == 2 and not perturb.isolate)
         left = self._run(x, sides, perturb.skip_self, pasts)
         if cache is not None:
             reach.offer(left, hold_words=self.prompt_adaln is None and not words_held)
@@ -201,8 +211,8 @@ class LTX2(nn.Module):
         x: dict[str, Tensor],
         sides: dict[str, Side],
         skip_self: tuple[int, ...],
-        pasts: Layers | None,
-    ) -> Layers:
+        pasts: Pasts | None,
+    ) -> Left:
         """``x`` through all blocks, in place; what each layer leaves for a cache."""
         both = (x.get("video"), x.get("audio"))
         side = (sides.get("video"), sides.get("audio"))
@@ -277,6 +287,7 @@ class LTX2(nn.Module):
         ends, text, levels = self._ends(stream.modality), reach.text, _levels(stream)
         parts, embedded = ends.time_embed(self._timestep(stream.sigma_BK))
         keys, valid = reach.keys(stream, stream.modality)
+        words, words_valid = reach.words()
         mine = reach.attributes[stream.modality]
         text_modulation = None
         if ends.prompt_adaln is not None:
@@ -288,7 +299,7 @@ class LTX2(nn.Module):
             pattern=lower(reach.visibility, mine, keys, some_valid(valid)),
             text_BLD=None,
             text_modulation=text_modulation,
-            text_pattern=lower(reach.visibility, mine, text.attributes, some_valid(text.valid_BN)),
+            text_pattern=lower(reach.visibility, mine, words, some_valid(words_valid)),
             cross=self._cross(stream, others[0], reach) if others else None,
         )
         return side, Modulation(embedded, levels)
@@ -296,7 +307,7 @@ class LTX2(nn.Module):
     def _cross(self, stream: Stream, other: Stream, reach: Reach) -> Cross:
         """What ``stream`` brings to the attention between the two."""
         ends, scale = self._ends(stream.modality), self.sizes.cross_attn_timestep_scale_multiplier
-        sigma_BK, level_BN = cross_levels(stream, other, one_chunk=reach.visibility.unrestricted)
+        sigma_BK, level_BN = cross_levels(stream, other, one_chunk=counts_as_one(reach.visibility))
         parts, _ = ends.cross_adaln(self._timestep(sigma_BK))
         gate, _ = ends.cross_gate(sigma_BK.float() * scale)
         keys, valid = reach.keys(other, OFFERED[other.modality])

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from motionloom.backbones.ltx2_rope import rotate
-from motionloom.backbones.ltx2_sizes import Layout, LTX2Sizes
+from motionloom.backbones.ltx2_rope import turn_heads
+from motionloom.backbones.ltx2_sizes import LTX2Sizes, Pairing
 from motionloom.backbones.parts import modulate
 from motionloom.nn.attention import Pattern, attend
 from motionloom.nn.cache import Pair, Past, extend
@@ -67,15 +67,22 @@ class Side(NamedTuple):
     """None without the other stream."""
 
 
-class Pasts(NamedTuple):
-    """Keys and values of one layer by use: of the past, rotated, on the way in; of the present, not rotated,
-    on the way out."""
+class Before(NamedTuple):
+    """What one layer reads of a stream's past, by use: keys, rotated, and values."""
 
     own: Past = ()
     text: Past = ()
-    """Of all words; on the way in empty unless they need not be computed again."""
+    """Of all words; empty unless they need not be computed again."""
     offered: Past = ()
     """What this stream's tokens are to the other stream."""
+
+
+class Fresh(NamedTuple):
+    """What one layer computes of a stream's present, by the same uses: keys, not rotated, and values."""
+
+    own: Past = ()
+    text: Past = ()
+    offered: Past = ()
 
 
 class RMSNorm(nn.RMSNorm):
@@ -90,7 +97,7 @@ class Attention(nn.Module):
     """Queries of one sequence, keys and values of the same or another one; optionally a gate per head."""
 
     def __init__(
-        self, dim: int, inner: int, heads: int, rope: Layout, gated: bool, context_dim: int | None = None
+        self, dim: int, inner: int, heads: int, rope: Pairing, gated: bool, context_dim: int | None = None
     ) -> None:
         super().__init__()
         self.heads, self.rope = heads, rope
@@ -125,8 +132,8 @@ class Attention(nn.Module):
         q_BNHX = self._heads(self.norm_q(self.to_q(x_BND)))
         k_BMHX, v_BMHX = pair
         if rotary is not None and pair_rotary is not None:
-            q_BNHX = rotate(q_BNHX, rotary, self.rope)
-            k_BMHX = rotate(k_BMHX, pair_rotary, self.rope).to(v_BMHX.dtype)
+            q_BNHX = turn_heads(q_BNHX, rotary, self.rope)
+            k_BMHX = turn_heads(k_BMHX, pair_rotary, self.rope).to(v_BMHX.dtype)
         k_BMHX, v_BMHX = extend(past, k_BMHX, v_BMHX)
         q, k, v = (t.to(v_BMHX.dtype).transpose(1, 2) for t in (q_BNHX, k_BMHX, v_BMHX))
         return self.leave(x_BND, attend(q, k, v, pattern).transpose(1, 2))
@@ -152,7 +159,7 @@ class StreamLayers(NamedTuple):
     """Shift, scale and gate: of self-attention, the feed-forward layer and, maybe, attention to the text."""
     text_table_PD: Tensor | None
 
-    def attend(self, x_BND: Tensor, side: Side, past: Pasts, skip_self: bool) -> tuple[Tensor, Pasts]:
+    def attend(self, x_BND: Tensor, side: Side, past: Before, skip_self: bool) -> tuple[Tensor, Fresh]:
         """Self-attention, then attention to the text; beside it the pairs of both."""
         shift, scale, gate = side.modulation.with_table(self.table_PD, 0, 3)
         h_BND = modulate(x_BND, shift, scale)
@@ -168,7 +175,7 @@ class StreamLayers(NamedTuple):
             x_BND = x_BND + gate * self.attn2(modulate(x_BND, shift, scale), text, side.text_pattern)
         else:
             x_BND = x_BND + self.attn2(rms_norm(x_BND), text, side.text_pattern)
-        return x_BND, Pasts(own, text)
+        return x_BND, Fresh(own, text)
 
     def feed_forward(self, x_BND: Tensor, side: Side) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
@@ -219,8 +226,8 @@ class Block(nn.Module):
         x: tuple[Tensor | None, Tensor | None],
         sides: tuple[Side | None, Side | None],
         skip_self: bool = False,
-        pasts: tuple[Pasts, Pasts] | None = None,
-    ) -> tuple[tuple[Tensor | None, Tensor | None], tuple[Pasts, Pasts] | None]:
+        pasts: tuple[Before, Before] | None = None,
+    ) -> tuple[tuple[Tensor | None, Tensor | None], tuple[Fresh, Fresh] | None]:
         """(video, audio) through the block; a stream that is None stays None.
 
         Args:
@@ -231,8 +238,8 @@ class Block(nn.Module):
         """
         video_BND, audio_BND = x
         video, audio = sides
-        video_past, audio_past = pasts or (Pasts(), Pasts())
-        video_left, audio_left = Pasts(), Pasts()
+        video_past, audio_past = pasts or (Before(), Before())
+        video_left, audio_left = Fresh(), Fresh()
         video_layers, audio_layers = self._video_layers(), self._audio_layers()
         if video_BND is not None and video is not None:
             video_BND, video_left = video_layers.attend(video_BND, video, video_past, skip_self)
@@ -271,8 +278,8 @@ class Block(nn.Module):
         audio_BND: Tensor,
         video: Cross,
         audio: Cross,
-        video_past: Pasts,
-        audio_past: Pasts,
+        video_past: Before,
+        audio_past: Before,
     ) -> tuple[Tensor, Tensor, Pair, Pair]:
         """Audio to video and video to audio, both from the same state of the two; then what each offered."""
         v = video.modulation.with_table(self.video_a2v_cross_attn_scale_shift_table)

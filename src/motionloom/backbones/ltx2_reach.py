@@ -16,17 +16,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from motionloom.backbones.ltx2_block import Pasts
-from motionloom.backbones.ltx2_rope import own_tables, rotate, shared_tables
+from motionloom.backbones.ltx2_block import Before, Fresh
+from motionloom.backbones.ltx2_rope import own_tables, shared_tables, turn_heads
 from motionloom.backbones.ltx2_sizes import LTX2Sizes
 from motionloom.nn.cache import KVCache, Past
-from motionloom.plans.past import facts, join_facts, past_facts, places
+from motionloom.plans.past import facts, held_words, join_facts, past_facts, places
 from motionloom.plans.stream import Attributes, Stream
-from motionloom.plans.visibility import Visibility
+from motionloom.plans.visibility import Both, SameSample, Visibility
 
 OFFERED = {"video": "video for audio", "audio": "audio for video"}
 """Under which name a cache holds what a stream offers to the other."""
-Layers = list[tuple[Pasts, Pasts]]
+Pasts = list[tuple[Before, Before]]
+Left = list[tuple[Fresh, Fresh]]
 """For each layer: of the video, of the audio."""
 
 
@@ -68,47 +69,65 @@ class Reach:
             seen_BNK = seen_BNK & valid_BK[:, None, :]
         return seen_BNK.any(dim=2, keepdim=True)
 
-    def past(self, held_words: bool) -> Layers:
-        """What each layer reads of the past, keys turned to where they stand now."""
+    def words(self) -> tuple[Attributes, Tensor | None]:
+        """Attributes and validity of the words: of those that are held, if they are."""
+        if self.cache is not None and self.holds_words():
+            return held_words(self.cache, self.text)
+        return self.text.attributes, self.text.valid_BN
+
+    def past(self, crossing: bool) -> Pasts:
+        """What each layer reads of the past, keys turned to where they stand now.
+
+        Args:
+            crossing: there is attention between the streams.
+        """
         assert self.cache is not None
+        self._check_past(crossing)
         nothing: list[Past] = [()] * self.sizes.num_layers
         own, offered, text = ({"video": nothing, "audio": nothing} for _ in range(3))
         for stream in self.streams:
             name = stream.modality
             own[name] = list(self.cache.past((name,), self._turn))
             offered[name] = list(self.cache.past((OFFERED[name],), self._turn))
-            if held_words:
+            if self.holds_words():
                 text[name] = [self._words_of(name, pair) for pair in self.cache.past(("text",), _as_is)]
         video, audio = (
-            [Pasts(*p) for p in zip(own[m], text[m], offered[m], strict=True)] for m in ("video", "audio")
+            [Before(*p) for p in zip(own[m], text[m], offered[m], strict=True)] for m in ("video", "audio")
         )
         return list(zip(video, audio, strict=True))
 
     def holds_words(self) -> bool:
         """Whether the cache has the words that these streams read."""
-        if self.cache is None or "text" not in self.cache:
-            return False
-        held = self.cache.past(("text",), _as_is)[0]
-        if not held:
-            return False
-        return held[0].shape[-1] == sum(self._head_dim(s.modality) for s in self.streams)
+        return self.cache is not None and self.cache.parts("text") == self._modalities
 
-    def offer(self, left: Layers, hold_words: bool) -> None:
+    def offer(self, left: Left, hold_words: bool) -> None:
         """Give the cache what a forward left, and the words if they may be held."""
         assert self.cache is not None
         at = {"video": 0, "audio": 1}
         for stream in self.streams:
-            pasts = [layer[at[stream.modality]] for layer in left]
+            fresh = [layer[at[stream.modality]] for layer in left]
             known = facts(stream)
-            self.cache.offer(stream.modality, known, [p.own for p in pasts if p.own])
-            if pasts[0].offered:
-                self.cache.offer(OFFERED[stream.modality], known, [p.offered for p in pasts if p.offered])
+            self.cache.offer(stream.modality, known, [f.own for f in fresh if f.own])
+            if fresh[0].offered:
+                self.cache.offer(OFFERED[stream.modality], known, [f.offered for f in fresh if f.offered])
         if hold_words:
             words = [[layer[at[s.modality]].text for s in self.streams] for layer in left]
             pairs = [
                 (_beside(p[0] for p in layer if p), _beside(p[1] for p in layer if p)) for layer in words
             ]
-            self.cache.hold("text", facts(self.text), pairs)
+            self.cache.hold("text", facts(self.text), pairs, parts=self._modalities)
+
+    def _check_past(self, crossing: bool) -> None:
+        """Chunks must all bring the same streams: what one misses, its past and future would not hear of."""
+        assert self.cache is not None
+        for modality, offered in OFFERED.items():
+            before = self.cache.chunks(modality)
+            assert not before or modality in self._modalities, (
+                f"earlier chunks have {modality} and this one has none: give all chunks the same streams"
+            )
+            assert not crossing or self.cache.chunks(offered) == before, (
+                f"chunks before this one have no {offered}: give all chunks the same streams"
+            )
 
     def _turn(self, name: str, k_BPHX: Tensor) -> Tensor:
         assert self.cache is not None
@@ -119,7 +138,11 @@ class Reach:
             turns = own_tables(self.sizes, name, before.position_BN3)
         else:
             turns = shared_tables(self.sizes, before.position_BN3)
-        return rotate(k_BPHX, turns, self.sizes.rope_type).to(k_BPHX.dtype)
+        return turn_heads(k_BPHX, turns, self.sizes.rope_type).to(k_BPHX.dtype)
+
+    @property
+    def _modalities(self) -> tuple[str, ...]:
+        return tuple(stream.modality for stream in self.streams)
 
     def _head_dim(self, modality: str) -> int:
         sizes = self.sizes
@@ -137,13 +160,13 @@ class Reach:
 def cross_levels(stream: Stream, other: Stream, one_chunk: bool) -> tuple[Tensor, Tensor | None]:
     """The noise of ``other`` as tokens of ``stream`` meet it: levels (B, K), and each token's index (B, N).
 
-    It is the highest level among the other's tokens of the same chunk that are context copies if the token is
-    one, and not if it is not; 0 where the other has none.
+    It is the highest level among the other's tokens of the same sample and chunk that are context copies if
+    the token is one, and not if it is not; 0 where the other has none.
 
     Args:
-        one_chunk: the whole sample counts as one chunk; the index is then None.
+        one_chunk: the whole sample counts as one chunk; the index is None then, unless samples are packed.
     """
-    if one_chunk:
+    if one_chunk and stream.sample_BN is None:
         sigma_BM = other.sigma_BN
         if other.valid_BN is not None:
             sigma_BM = sigma_BM.masked_fill(~other.valid_BN, 0)
@@ -152,13 +175,14 @@ def cross_levels(stream: Stream, other: Stream, one_chunk: bool) -> tuple[Tensor
     levels = sigma_BK.shape[1]
     rank_BM = order_BK.argsort(dim=1).gather(1, other.level_BN.expand(len(order_BK), -1))
     # One number sorts the other's tokens by group and then by level: the last one of a group is its highest.
-    number_BM = _group(other) * levels + rank_BM
+    group_BN, group_BM = _groups(stream, other, one_chunk)
+    number_BM = group_BM * levels + rank_BM
     if other.valid_BN is not None:
         number_BM = number_BM.masked_fill(~other.valid_BN, -1)
     number_BM = number_BM.sort(dim=1).values
-    batch = max(len(number_BM), len(stream.chunk_BN), len(stream.context_BN))
+    batch = max(len(number_BM), len(group_BN))
     number_BM = number_BM.expand(batch, -1).contiguous()
-    group_BN = _group(stream).expand(batch, -1).contiguous()
+    group_BN = group_BN.expand(batch, -1).contiguous()
     behind_BN = torch.searchsorted(number_BM, (group_BN + 1) * levels)
     highest_BN = number_BM.gather(1, (behind_BN - 1).clamp(min=0))
     found_BN = highest_BN.div(levels, rounding_mode="floor") == group_BN
@@ -166,9 +190,24 @@ def cross_levels(stream: Stream, other: Stream, one_chunk: bool) -> tuple[Tensor
     return torch.cat([sigma_BK, torch.zeros_like(sigma_BK[:, :1])], dim=1), level_BN
 
 
-def _group(stream: Stream) -> Tensor:
-    """One number for each chunk's context copies, and one for the rest of it."""
-    return stream.chunk_BN * 2 + stream.context_BN
+def _groups(stream: Stream, other: Stream, one_chunk: bool) -> tuple[Tensor, Tensor]:
+    """For the tokens of both: in each sample one number for a chunk's context copies, and one for the rest of
+    it; one for the sample if that counts as one chunk."""
+    # Left on the device: reading it would make the device wait.
+    chunks = torch.maximum(stream.chunk_BN.amax(), other.chunk_BN.amax()) + 1
+
+    def group(s: Stream) -> Tensor:
+        sample_BN = torch.zeros_like(s.chunk_BN) if s.sample_BN is None else s.sample_BN
+        return sample_BN if one_chunk else (sample_BN * chunks + s.chunk_BN) * 2 + s.context_BN
+
+    return group(stream), group(other)
+
+
+def counts_as_one(visibility: Visibility) -> bool:
+    """Whether a sample's chunks are as one, since all of it sees all of it, packed with others or not."""
+    if isinstance(visibility, Both) and isinstance(visibility.b, SameSample):
+        visibility = visibility.a
+    return visibility.unrestricted
 
 
 def some_valid(valid_BK: Tensor | None) -> Tensor | None:

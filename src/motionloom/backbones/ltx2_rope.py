@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from motionloom.backbones.ltx2_sizes import Layout, LTX2Sizes
+from motionloom.backbones.ltx2_sizes import LTX2Sizes, Pairing
 from motionloom.nn.rope import Rotary
 
 
@@ -61,11 +61,11 @@ def tables(
     return angle_BNHP.cos(), angle_BNHP.sin()
 
 
-def rotate(x_BNHD: Tensor, rotary: Rotary, layout: Layout) -> Tensor:
+def turn_heads(x_BNHD: Tensor, rotary: Rotary, pairing: Pairing) -> Tensor:
     """Turn the pairs of each head by its token's angles, in float32."""
     cos, sin = rotary
-    pair = -1 if layout == "interleaved" else -2
-    shape = (-1, 2) if layout == "interleaved" else (2, -1)
+    pair = -1 if pairing == "interleaved" else -2
+    shape = (-1, 2) if pairing == "interleaved" else (2, -1)
     first, second = x_BNHD.float().unflatten(-1, shape).unbind(pair)
     turned = (first * cos - second * sin, second * cos + first * sin)
     return torch.stack(turned, dim=pair).flatten(-2)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from motionloom.config.entries import from_entries, own_keys
 from motionloom.errors import UserError
 
-Layout = Literal["interleaved", "split"]
+DIFFUSERS_CLASS = "LTX2VideoTransformer3DModel"
+Pairing = Literal["interleaved", "split"]
 """Which channels of a head turn together: (2i, 2i + 1) interleaved, (i, i + D/2) split."""
 
 FIXED: dict[str, Any] = {
@@ -61,7 +63,7 @@ class LTX2Sizes:
     audio_ff_bias: bool = True
     use_keyframes_abs_pos_embedding: bool = False
     """2.5: tokens of the first latent frame, which holds a single pixel frame, are marked."""
-    rope_type: Layout = "interleaved"
+    rope_type: Pairing = "interleaved"
     rope_theta: float = 10000.0
     rope_double_precision: bool = True
     """The grid of frequencies is computed in float64."""
@@ -103,39 +105,42 @@ class LTX2Sizes:
         """Keys and values of the text are scaled and shifted: in both streams as soon as one asks for it."""
         return self.cross_attn_mod or self.audio_cross_attn_mod
 
+    @property
+    def reads_image(self) -> bool:
+        """A given frame of an image-to-video clip is a clean token among the others."""
+        return False
+
     @classmethod
     def from_diffusers(cls, config: Mapping[str, Any]) -> LTX2Sizes:
         """From the content of ``transformer/config.json``.
 
         Raises:
-            UserError: an unknown key, or a value that no published model has and that is not built here.
+            UserError: another class, an unknown key, or a value that no published model has and that is not
+                built here.
         """
-        given = {key: value for key, value in config.items() if not key.startswith("_")}
+        where = "config.json of LTX-2"
+        given = own_keys(config, DIFFUSERS_CLASS, where, "ltx2")
         for key, built in FIXED.items():
             if given.pop(key, built) != built:
-                raise UserError(f"config.json of LTX-2: {key} is {config[key]!r}; only {built!r} is built")
+                raise UserError(f"{where}: {key} is {config[key]!r}; only {built!r} is built")
         derived = {key: given.pop(key, None) for key in _derived(cls())}
-        known = {field.name for field in fields(cls)}
-        if unknown := sorted(given.keys() - known):
+        sizes = from_entries(cls, given, where, "ltx2", zero=("causal_offset",))
+        if sizes.num_attention_heads != sizes.audio_num_attention_heads:
+            # Queries and keys of the attention between the two would turn by different frequencies.
             raise UserError(
-                f"config.json of LTX-2: unknown key {unknown[0]!r}: it is of another model or a newer one"
+                f"{where}: num_attention_heads is {sizes.num_attention_heads} and audio_num_attention_heads "
+                f"{sizes.audio_num_attention_heads}: make them equal"
             )
-        if "vae_scale_factors" in given:
-            given["vae_scale_factors"] = tuple(given["vae_scale_factors"])
-        sizes = cls(**given)
-        _check(sizes)
         for key, value in _derived(sizes).items():
             if derived[key] not in (None, value):
-                raise UserError(
-                    f"config.json of LTX-2: {key} is {derived[key]!r}; the other sizes make it {value}"
-                )
+                raise UserError(f"{where}: {key} is {derived[key]!r}; the other sizes make it {value}")
         return sizes
 
     def to_diffusers(self) -> dict[str, Any]:
         """The content of ``transformer/config.json``."""
         sizes = asdict(self)
         sizes["vae_scale_factors"] = list(self.vae_scale_factors)
-        return {"_class_name": "LTX2VideoTransformer3DModel", **sizes, **FIXED, **_derived(self)}
+        return {"_class_name": DIFFUSERS_CLASS, **sizes, **FIXED, **_derived(self)}
 
 
 def _derived(sizes: LTX2Sizes) -> dict[str, int]:
@@ -147,22 +152,6 @@ def _derived(sizes: LTX2Sizes) -> dict[str, int]:
         "cross_attention_dim": sizes.dim,
         "audio_cross_attention_dim": sizes.audio_dim,
     }
-
-
-def _check(sizes: LTX2Sizes) -> None:
-    for field in fields(sizes):
-        value, example = getattr(sizes, field.name), field.default
-        alike = type(value) is type(example) or (type(value) is int and isinstance(example, float))
-        if not alike or (type(value) in (int, float) and value < 0):
-            raise UserError(f"config.json of LTX-2: {field.name} is {value!r}; make it like {example!r}")
-    if sizes.rope_type not in ("interleaved", "split"):
-        raise UserError(f"config.json of LTX-2: rope_type is {sizes.rope_type!r}: use interleaved or split")
-    if sizes.num_attention_heads != sizes.audio_num_attention_heads:
-        # Queries and keys of the attention between the two would turn by different frequencies.
-        raise UserError(
-            f"config.json of LTX-2: num_attention_heads is {sizes.num_attention_heads} and "
-            f"audio_num_attention_heads {sizes.audio_num_attention_heads}: make them equal"
-        )
 
 
 _LTX2_19B = LTX2Sizes(rope_type="split")

@@ -31,7 +31,7 @@ from motionloom.nn.mlp import Embedder, FeedForward
 from motionloom.nn.modulation import TimestepEmbedding, at_levels
 from motionloom.nn.rope import Rotary, index_rotary, rotate_pairs
 from motionloom.plans.lower import lower
-from motionloom.plans.past import facts, join_facts, past_facts, places
+from motionloom.plans.past import facts, held_words, join_facts, past_facts, places
 from motionloom.plans.stream import Attributes, Stream, Streams
 from motionloom.plans.visibility import Visibility
 
@@ -363,7 +363,7 @@ class Wan(nn.Module):
             stream = _as_words(streams[modality])
             keys, valid, x_BMD = stream.attributes, stream.valid_BN, None
             if cache is not None and modality in cache:
-                keys, valid = join_facts(past_facts(cache, modality))
+                keys, valid = held_words(cache, streams[modality])
             else:
                 embedder = embed.text_embedder if modality == "text" else embed.image_embedder
                 assert embedder is not None

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from motionloom.config.entries import from_entries, own_keys
 from motionloom.errors import UserError
 
 DIFFUSERS_CLASS = "WanTransformer3DModel"
@@ -43,6 +44,11 @@ class WanSizes:
         """Channels of a latent cell that ``Stream.extra_BNC`` must bring."""
         return self.in_channels - self.out_channels
 
+    @property
+    def reads_image(self) -> bool:
+        """Image-to-video: channels beside the latents, or CLIP's tokens."""
+        return self.extra_channels > 0 or self.image_dim is not None
+
     @classmethod
     def from_diffusers(cls, config: dict[str, Any]) -> WanSizes:
         """From the entries of config.json; what is missing has diffusers' default.
@@ -50,21 +56,14 @@ class WanSizes:
         Raises:
             UserError: it is of another class, or holds an entry or a value that this backbone does not know.
         """
-        kind = config.get("_class_name", DIFFUSERS_CLASS)
-        if kind != DIFFUSERS_CLASS:
-            raise UserError(f"config.json: _class_name is {kind}, but wan reads {DIFFUSERS_CLASS}")
-        given = {key: value for key, value in config.items() if not key.startswith("_")}
+        given = own_keys(config, DIFFUSERS_CLASS, "config.json", "wan")
         for key, value in FIXED.items():
             if given.pop(key, value) != value:
                 raise UserError(f"config.json: {key} is {config[key]}, but wan knows only {value}")
         image_width = given.pop("added_kv_proj_dim", None)
-        if unknown := given.keys() - {field.name for field in fields(cls)}:
-            raise UserError(f"config.json: wan does not know {min(unknown)}: is it of another model?")
         if given.get("out_channels", 0) is None:
             given["out_channels"] = given.get("in_channels", cls.in_channels)
-        if isinstance(given.get("patch_size"), list):
-            given["patch_size"] = tuple(given["patch_size"])
-        sizes = cls(**given)
+        sizes = from_entries(cls, given, "config.json", "wan")
         sizes._check()
         if image_width != sizes._image_width:
             raise UserError(
@@ -88,19 +87,6 @@ class WanSizes:
         return None if self.image_dim is None else self.dim
 
     def _check(self) -> None:
-        def positive(value: object) -> bool:
-            return type(value) is int and value > 0
-
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if field.name == "eps":
-                right = isinstance(value, float) and value > 0
-            elif field.name == "patch_size":
-                right = isinstance(value, tuple) and len(value) == 3 and all(map(positive, value))
-            else:
-                right = positive(value) or (value is None and field.default is None)
-            if not right:
-                raise UserError(f"config.json: {field.name} is {value!r}, which wan cannot read")
         if self.attention_head_dim % 2 or self.freq_dim % 2 or self.extra_channels < 0:
             raise UserError(
                 f"config.json: attention_head_dim {self.attention_head_dim} and freq_dim {self.freq_dim} "

@@ -345,7 +345,7 @@ def open_model(what: str | Path, *, raw: bool = False, device: str = "auto") -> 
     Raises:
         UserError: as :func:`load_model` and :func:`published_model`.
     """
-    if names_recipe(str(what)):
+    if str(what) in packaged_recipes() or Path(what).suffix in (".yaml", ".yml"):
         return published_model(load_recipe(str(what)), str(what), device)
     return load_model(what, raw=raw, device=device)
 

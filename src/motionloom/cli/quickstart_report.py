@@ -149,7 +149,7 @@ def _nearest(parts: Parts, model: Model, clips: list[np.ndarray]) -> list[Near]:
     rows = parts.loader.row_numbers()
 
     def decoded(numbers: Sequence[int]) -> list[Tensor]:
-        return [model.tokenizer.decode(row.latents_FhwC[None])[0] for row in parts.cache.rows(numbers)]
+        return [row.decode(model.tokenizer) for row in parts.cache.rows(numbers)]
 
     def training() -> Any:
         for start in range(0, len(rows), 256):

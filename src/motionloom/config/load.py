@@ -16,6 +16,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from motionloom.config.keys import expected, flatten, keys, shown, unflatten, unknown
+from motionloom.config.misfits import cautions
 from motionloom.config.mmdit import from_mmdit
 from motionloom.config.recipe import OWN_SIZES, Recipe
 from motionloom.config.yaml_text import read_yaml, write_yaml
@@ -52,7 +53,8 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
 def load_recipe_with_notes(
     path_or_name: str | Path, overrides: Sequence[str] = ()
 ) -> tuple[Recipe, list[str]]:
-    """:func:`load_recipe`, and one line for everything that a YAML written for mmdit says in vain."""
+    """:func:`load_recipe`, and one line for everything that a YAML written for mmdit says in vain, or that is
+    allowed and seldom meant."""
     path = find_recipe(path_or_name)
     layers = [*_file_layers(path), *map(_override_layer, overrides)]
     problems: list[str] = []
@@ -71,7 +73,7 @@ def load_recipe_with_notes(
         problems += [_problem(dict(one), origin, whole) for one in error.errors()]
     if problems:
         raise UserError(_one_line(problems))
-    return recipe, [note for layer in layers for note in layer.notes]
+    return recipe, [*(note for layer in layers for note in layer.notes), *cautions(recipe)]
 
 
 def dump_recipe(recipe: Recipe) -> str:

@@ -3,8 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 from motionloom.config.recipe import OWN_SIZES, ModelConfig, Recipe, TextEncoderConfig, TokenizerConfig
+
+
+class ReadText(NamedTuple):
+    """The captions that the published weights of a family were trained on."""
+
+    keys: dict[str, str]
+    """Of ``text_encoder``."""
+    max_lengths: tuple[int, ...]
+    """The first is the one to write."""
+
+
+READ_TEXT = {
+    "wan": ReadText({"type": "hf", "padding": "zero"}, (512,)),
+    # The authors' own code gives 1.5 two tokens fewer.
+    "cogvideox": ReadText({"type": "hf", "padding": "attended"}, (226, 224)),
+    "ltx2": ReadText({"type": "ltx2"}, (1024,)),
+}
+"""By ``model.type``."""
 
 
 def misfits(r: Recipe) -> Iterator[str]:
@@ -12,6 +31,7 @@ def misfits(r: Recipe) -> Iterator[str]:
     yield from _imported_misfits(r) if r.model.imported else _own_misfits(r.model)
     yield from _lora_misfits(r)
     yield from _text_misfits(r.text_encoder)
+    yield from _read_text_misfits(r)
     if r.bucketing.enabled and not r.bucketing.buckets:
         yield "bucketing.enabled is true but bucketing.buckets is empty: list [width, height] pairs"
     if r.train.sample_cfg_interval[0] >= r.train.sample_cfg_interval[1]:
@@ -47,6 +67,37 @@ def _text_misfits(text: TextEncoderConfig) -> Iterator[str]:
         yield f"text_encoder.padding {text.padding} is for text_encoder.type hf, not {text.type}: drop it"
     if text.type != "ltx2" and text.connectors:
         yield f"text_encoder.connectors are for text_encoder.type ltx2, not {text.type}: leave them out"
+
+
+def _reads_captions(r: Recipe) -> ReadText | None:
+    """What published weights should be given; None where nothing was published, or a new table of words takes
+    the place of the encoder that they were trained with."""
+    published = r.model.imported and r.model.name_or_path and r.text_encoder.type != "hash"
+    return READ_TEXT[r.model.type] if published else None
+
+
+def _read_text_misfits(r: Recipe) -> Iterator[str]:
+    """Captions not given to published weights as in their training: clips get worse, and nothing says so."""
+    if (read := _reads_captions(r)) is None:
+        return
+    given = {key: getattr(r.text_encoder, key) for key in read.keys}
+    if wrong := {key: value for key, value in read.keys.items() if given[key] != value}:
+        has, needs = (
+            " and ".join(f"text_encoder.{key}{sep}{values[key]}" for key in wrong)
+            for sep, values in ((" ", given), (": ", read.keys))
+        )
+        yield f"{has} is not how the weights of {r.model.type} were trained to read captions: write {needs}"
+
+
+def cautions(r: Recipe) -> Iterator[str]:
+    """What fits together and is seldom meant."""
+    read = _reads_captions(r)
+    if read is not None and r.text_encoder.max_length not in read.max_lengths:
+        yield (
+            f"text_encoder.max_length is {r.text_encoder.max_length}, and the weights of {r.model.type} were "
+            f"trained with {read.max_lengths[0]} tokens of a caption: write text_encoder.max_length: "
+            f"{read.max_lengths[0]} unless you mean it"
+        )
 
 
 def _own_misfits(model: ModelConfig) -> Iterator[str]:
@@ -157,7 +208,7 @@ def _size_misfits(r: Recipe) -> Iterator[str]:
             if pixels % step:
                 yield (
                     f"{where.format(name)} {pixels} does not divide by {step} "
-                    f"(tokenizer.latent_f x model.patch): use {_neighbours(pixels, step)}"
+                    f"(tokenizer.latent_f x model.patch): use {neighbours(pixels, step)}"
                 )
 
 
@@ -167,20 +218,31 @@ def _length_misfits(r: Recipe) -> Iterator[str]:
     lengths = r.bucketing.frames if several else (r.video.num_frames,)
     where = "bucketing.frames:" if several else "video.num_frames"
     head, step = int(r.tokenizer.first_alone), r.tokenizer.latent_t
+    use = frame_rule(step, r.tokenizer.first_alone, r.model.patch[0])
     for frames in lengths:
         if (frames - head) % step:
             yield (
                 f"{where} {frames} is not {'1 + ' if head else ''}a multiple of tokenizer.latent_t {step}: "
-                f"use {_neighbours(frames, step, head)}"
+                f"use {neighbours(frames, *use)}"
             )
         elif (head + (frames - head) // step) % r.model.patch[0]:
             yield (
                 f"{where} {frames} gives {head + (frames - head) // step} latent frames, which do not "
-                f"divide by model.patch[0] {r.model.patch[0]}: change one of them"
+                f"divide by model.patch[0] {r.model.patch[0]}: use {neighbours(frames, *use)}"
             )
 
 
-def _neighbours(value: int, step: int, head: int = 0) -> str:
-    """The two values next to ``value`` of the form head + k x step, without the zero."""
-    below = (value - head) // step * step + head
+def frame_rule(temporal: int, first_alone: bool, patch: int) -> tuple[int, int]:
+    """(step, rest): pixel frames that fill latent frames, and these tokens of ``patch``, are rest + k x step.
+
+    Args:
+        temporal: pixel frames of a latent frame; with ``first_alone`` the first frame is one by itself.
+    """
+    # That frame is as good as a whole group.
+    return temporal * patch, 1 - temporal if first_alone else 0
+
+
+def neighbours(value: int, step: int, rest: int = 0) -> str:
+    """The two values next to ``value`` of the form rest + k x step, without those below 1."""
+    below = (value - rest) // step * step + rest
     return f"{below} or {below + step}" if below > 0 else f"{below + step}"

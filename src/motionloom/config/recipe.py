@@ -98,7 +98,8 @@ class TextEncoderConfig(Section):
     )
     padding: Literal["hidden", "zero", "attended"] = Field(
         default="hidden",
-        description="hf only. Who sees it: nobody; backbones, as zeros (Wan); all, embedded (CogVideoX).",
+        description="hf only. Who sees it: nobody; backbones, as zeros, and captions are cleaned (Wan); all, "
+        "embedded (CogVideoX).",
     )
     trainable: bool = Field(default=True, description="hash only: train the table with the model.")
     dtype: Literal["float32", "bfloat16", "int8"] = Field(

@@ -154,6 +154,6 @@ def sheet_clips(cache: Cache, most: int = 24) -> tuple[list[Any], list[str]]:
     rows = torch.linspace(0, len(cache) - 1, min(most, len(cache))).round().long().tolist()
     clips, captions = [], []
     for row in cache.rows(rows):
-        clips.append(tokenizer.decode(row.latents_FhwC[None])[0].numpy())
+        clips.append(row.decode(tokenizer).numpy())
         captions.append(" | ".join(row.captions))
     return clips, captions

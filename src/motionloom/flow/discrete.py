@@ -112,7 +112,9 @@ class DiscreteSchedule:
     def grid(self, steps: int, path: Path = LINEAR) -> Tensor:
         """A solver's grid, float32: the sigmas of up to ``steps`` even integer timesteps, falling, then 0.
 
-        It starts at the noisiest trained step and only visits trained ones. Raises UserError for steps < 1.
+        It starts at the noisiest trained step and steps on trained ones alone, to the clean end, for which
+        none is trained. Only ``heun`` asks the network there; it is told t = 0. Raises UserError for
+        steps < 1.
         """
         if steps < 1:
             raise UserError(f"sampling steps must be at least 1, got {steps}")

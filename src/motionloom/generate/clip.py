@@ -117,7 +117,7 @@ def _latents(
     usual_frames, usual_height, usual_width = model.clip_shape
     frames = request.frames or usual_frames
     height, width = request.height or usual_height, request.width or usual_width
-    latent_frames = model.tokenizer.spec.latent_grid(frames, height, width)[0]
+    latent_frames = model.latent_grid(frames, height, width)[0]
     geometry = model.geometry(
         frames, height, width, request.fps or model.fps, [latent_frames], batch=len(prompts)
     )

@@ -3,7 +3,7 @@
 Training roll-outs, clips, scenes and streams all come through here, over the plan code that training used.
 A plan of several stages runs from a cache where plan and backbone know one: each stage then costs its own
 tokens, and one clean pass when it is done. Elsewhere all frames are computed under the plan's mask, which
-gives the same clip.
+gives the same clip: solvers walk, and draw noise for, the frames of the stage alone either way.
 
 Shapes: B batch, F token frames, S cells of a frame, C channels of a token.
 """
@@ -90,15 +90,15 @@ def rollout(
         for cache in caches:
             cache.begin(n)
         if not bool(given_BF[:, frames].all()):
-            view = _view(plan, geometry, prompts, caches, clean_BFSC, given_BF, frames)
-            noise = noise_BFSC[:, frames] if caches else noise_BFSC
+            view = _view(plan, geometry, prompts, caches, noise_BFSC, clean_BFSC, given_BF, frames)
             report = _reporter(progress, n * sampling.steps, len(stages) * sampling.steps)
-            made_BFSC = _solve(predictor, view, noise, sampling, generator, report)
-            clean_BFSC = _put(clean_BFSC, frames, made_BFSC if caches else made_BFSC[:, frames])
+            made_BFSC = _solve(predictor, view, sampling, generator, report)
+            clean_BFSC = _put(clean_BFSC, frames, made_BFSC)
             given_BF = _put(given_BF, frames, torch.ones_like(given_BF[:, frames]))
         if caches and n + 1 < len(stages):
             # A clean pass, so that later chunks look at what was made and not at its noise.
-            view = _view(plan, geometry, prompts, caches, clean_BFSC, torch.zeros_like(given_BF), frames)
+            nothing_BF = torch.zeros_like(given_BF)
+            view = _view(plan, geometry, prompts, caches, noise_BFSC, clean_BFSC, nothing_BF, frames)
             for i, cache in enumerate(caches):
                 _velocity(predictor, view, i, view.clean_BFSC, 0.0)
                 cache.commit()
@@ -107,16 +107,19 @@ def rollout(
 
 @dataclass(frozen=True)
 class _View:
-    """What a solver walks over: a stage alone in front of its caches, or all frames under a mask."""
+    """What the network is shown: a stage alone in front of its caches, or all frames under a mask."""
 
     prompts: list[Text]
     layouts: list[Layout]
     """One per prompt, like the caches."""
     caches: list[KVCache]
     """Empty: no cache, all frames."""
+    noise_BFSC: Tensor
+    """The start; frames of later stages, which this one does not see, stay at it."""
     clean_BFSC: Tensor
-    made_BF: Tensor
-    """The frames that are made now."""
+    given_BF: Tensor
+    stage: slice
+    """The frames that a solver walks over."""
 
 
 def _view(
@@ -124,18 +127,19 @@ def _view(
     geometry: Geometry,
     prompts: list[Text],
     caches: list[KVCache],
+    noise_BFSC: Tensor,
     clean_BFSC: Tensor,
     given_BF: Tensor,
     frames: slice,
 ) -> _View:
     if caches:
         assert isinstance(plan, StreamedPlan)
-        given_BF = given_BF[:, frames]
+        noise_BFSC, clean_BFSC, given_BF = (t[:, frames] for t in (noise_BFSC, clean_BFSC, given_BF))
         layout = plan.stage_layout(geometry.part(frames), given_BF if bool(given_BF.any()) else None)
-        return _View(prompts, [layout] * len(prompts), caches, clean_BFSC[:, frames], ~given_BF)
-    layouts = [plan.layout(geometry, text, given_BF) for text in prompts]
-    now_BF = _put(torch.zeros_like(given_BF), frames, torch.ones_like(given_BF[:, frames]))
-    return _View(prompts, layouts, [], clean_BFSC, now_BF & ~given_BF)
+        layouts, frames = [layout] * len(prompts), slice(0, given_BF.shape[1])
+    else:
+        layouts = [plan.layout(geometry, text, given_BF) for text in prompts]
+    return _View(prompts, layouts, caches, noise_BFSC, clean_BFSC, given_BF, frames)
 
 
 def _caches(predictor: Predictor, plan: Plan, stages: int, prompts: int) -> list[KVCache]:
@@ -150,12 +154,12 @@ def _caches(predictor: Predictor, plan: Plan, stages: int, prompts: int) -> list
 def _solve(
     predictor: Predictor,
     view: _View,
-    noise_BFSC: Tensor,
     sampling: Sampling,
     generator: torch.Generator | None,
     callback: Callback | None,
 ) -> Tensor:
-    """One stage, from noise to data; frames of the view that are given stay."""
+    """One stage, from noise to data; its frames that are given stay."""
+    made_BF1 = ~view.given_BF[:, view.stage, None]
 
     def velocity(x_BFSC: Tensor, sigma: float) -> Tensor:
         v = _velocity(predictor, view, 0, x_BFSC, sigma)
@@ -163,7 +167,7 @@ def _solve(
             return v
         assert len(view.prompts) == 2, "guidance needs a negative text; the empty caption will do"
         away = _velocity(predictor, view, 1, x_BFSC, sigma)
-        return sampling.guidance.combine(v, away, sigma, view.made_BF[..., None].expand(v.shape[:3]))
+        return sampling.guidance.combine(v, away, sigma, made_BF1.expand(v.shape[:3]))
 
     solver = SOLVERS[sampling.solver]
     options: dict[str, object] = {"generator": generator} if solver.stochastic else {}
@@ -172,12 +176,14 @@ def _solve(
     path = PATHS[sampling.path]
     # A network that only ever saw certain noise levels is not asked at others, whatever the recipe says.
     schedule = predictor.schedule or sampling.schedule
+    noise_BFSC = view.noise_BFSC[:, view.stage]
     if schedule is None:
         start_BFSC, sigmas = noise_BFSC, sigma_schedule(sampling.steps, shift=sampling.shift)
     else:
         start_BFSC, sigmas = schedule.start(noise_BFSC, path), schedule.grid(sampling.steps, path)
     x_BFSC = solver.run(velocity, start_BFSC, sigmas, path=path, callback=callback, **options)
-    return keep_given(view.layouts[0], view.clean_BFSC, x_BFSC)
+    x_BFSC = _put(view.noise_BFSC, view.stage, x_BFSC)
+    return keep_given(view.layouts[0], view.clean_BFSC, x_BFSC)[:, view.stage]
 
 
 def _put(t_BF: Tensor, frames: slice, part: Tensor) -> Tensor:
@@ -191,13 +197,14 @@ def _nothing_given(geometry: Geometry, like_BFSC: Tensor) -> Given:
 
 
 def _velocity(predictor: Predictor, view: _View, prompt: int, x_BFSC: Tensor, sigma: float) -> Tensor:
-    """The network's velocity for the view at one noise level; 0 for frames that are given."""
+    """The network's velocity for the stage at one noise level; 0 for frames that are given."""
     layout, text = view.layouts[prompt], view.prompts[prompt]
+    x_BFSC = _put(view.noise_BFSC, view.stage, x_BFSC)
     sigma_BD = torch.full((x_BFSC.shape[0], layout.num_draws), sigma, device=x_BFSC.device)
     streams = to_streams_at(layout, view.clean_BFSC, x_BFSC, layout.levels(sigma_BD), text)
     cache = view.caches[prompt] if view.caches else None
     v_BFSC = read_video(layout, predictor.velocity(streams, layout.visibility, cache)["video"])
-    return keep_given(layout, torch.zeros_like(v_BFSC), v_BFSC)
+    return keep_given(layout, torch.zeros_like(v_BFSC), v_BFSC)[:, view.stage]
 
 
 def _reporter(progress: Progress | None, done: int, total: int) -> Callback | None:

@@ -6,12 +6,10 @@ state x.
 
 ``flow``      sigma from ``flow_matching.times``; weight from ``flow_matching.weighting``.
 ``ddpm_eps``  t ~ U{0 .. T-1}, and sigma_t the level with DDPM's signal-to-noise ratio (``flow/convert.py``:
-the
-              state is DDPM's up to a known factor). DDPM's loss ||eps_hat - eps||^2 is then the weight (a /
-              W)^2.
+              the state is DDPM's up to a known factor). DDPM's loss ||eps_hat - eps||^2 is then the weight
+              (a / W)^2.
 ``ddpm_v``    the same draws. v of Salimans & Ho is (a noise - s clean) / n with n^2 = a^2 + s^2, so its error
-is
-              (a^2 + s^2) / (n W) * d, and ||v_hat - v||^2 the weight n^2 / W^2.
+              is (a^2 + s^2) / (n W) * d, and ||v_hat - v||^2 the weight n^2 / W^2.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ Shapes: B batch, N tokens of a chunk, P tokens of the past, H heads, D channels 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -45,20 +45,23 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Entry:
+class Tokens:
     """The tokens of one modality in one chunk."""
 
     fields: Fields
     pairs: tuple[Pair, ...]
     """One per layer."""
+    parts: tuple[str, ...] = ()
+    """See :meth:`KVCache.hold`."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
     """What :meth:`KVCache.restore` goes back to. Holds references, no copies."""
 
-    entries: dict[str, dict[int, Entry]]
+    held: dict[str, dict[int, Tokens]]
     begins: dict[tuple[str, str], Tensor]
+    evicted: range
     chunk: int
 
 
@@ -88,24 +91,37 @@ class KVCache:
         self.positions, self.lean = positions, lean
         self.chunk = 0
         """The present chunk."""
-        self._entries: dict[str, dict[int, Entry]] = {}
+        self._held: dict[str, dict[int, Tokens]] = {}
         self._begins: dict[tuple[str, str], Tensor] = {}
         """Where the first chunk after the sinks began, (B or 1, 1), by (modality, field)."""
-        self._offers: dict[str, Entry] = {}
+        self._evicted = range(0)
+        """From the first chunk that was evicted to the last one."""
+        self._offers: dict[str, Tokens] = {}
         self._memory: dict[object, object] = {}
 
     def begin(self, chunk: int) -> None:
         """Make ``chunk`` the present one: what it cannot see any more is evicted.
 
         A chunk that was committed before is made anew: it does not see its old self, nor what came after it.
+        What it does see must still be held: behind an eviction one goes back by :meth:`restore`.
         """
         assert chunk >= 0
         self.chunk = chunk
         self._offers = {}
         self._forget()
-        for entries in self._entries.values():
-            for other in [c for c in entries if c < chunk and not self._visible(c)]:
-                del entries[other]
+        held = {c for chunks in self._held.values() for c in chunks}
+        near = range(chunk if self.window is None else chunk - self.window + 1, chunk)
+        gone = [c for c in near if c in self._evicted and c not in held]
+        assert not gone, (
+            f"chunk {chunk} sees chunk {gone[0]}, which was evicted: restore a snapshot that has it"
+        )
+        old = {c for c in held if c != ALWAYS and c < chunk and not self._visible(c)}
+        if old:
+            ends = [*old, *self._evicted[:1], *self._evicted[-1:]]
+            self._evicted = range(min(ends), max(ends) + 1)
+        for chunks in self._held.values():
+            for c in old & chunks.keys():
+                del chunks[c]
 
     def _visible(self, chunk: int) -> bool:
         """Whether the present chunk sees that one: the rule of ``plans.visibility.CausalChunks``."""
@@ -116,7 +132,7 @@ class KVCache:
 
     def chunks(self, modality: str) -> list[int]:
         """The chunks of the past that are held and seen, in order."""
-        return sorted(c for c in self._entries.get(modality, {}) if self._visible(c))
+        return sorted(c for c in self._held.get(modality, {}) if self._visible(c))
 
     def __contains__(self, modality: str) -> bool:
         """Whether the past has anything of this modality."""
@@ -127,37 +143,57 @@ class KVCache:
     def offer(self, modality: str, fields: Fields, pairs: Sequence[Pair]) -> None:
         """What a pass over the present chunk computed. Replaced by the next pass; kept by :meth:`commit`."""
         assert len(pairs) == self.layers
-        self._offers[modality] = Entry(dict(fields), tuple(pairs))
+        self._offers[modality] = Tokens(dict(fields), tuple(pairs))
 
     def commit(self, *, detach: bool = True) -> None:
         """Take the offer in as the present chunk, in place of what stood there.
 
         Args:
-            detach: cut the graph, so that a later chunk's loss cannot reach this one. Without, gradients flow
-                through the cache as they do through one masked forward over all chunks.
+            detach: cut the graph, so that a later chunk's loss cannot reach this one, and each chunk's can be
+                walked as soon as it is there. Words that have a graph are let go, for the next pass to hold
+                anew: they learn from every chunk. Without, gradients flow through the cache as they do
+                through one masked forward over all chunks.
         """
         assert self._offers, "nothing to commit: run a backbone with this cache first"
-        for modality, entry in self._offers.items():
-            self._entries.setdefault(modality, {})[self.chunk] = _kept(entry, detach)
+        for modality, tokens in self._offers.items():
+            self._held.setdefault(modality, {})[self.chunk] = _kept(tokens, detach)
             if self.chunk == self.sinks:
-                self._begins |= {(modality, name): _start(t) for name, t in _timed(entry.fields).items()}
+                self._begins |= {(modality, name): _start(t) for name, t in _timed(tokens.fields).items()}
+        if detach:
+            learning = [
+                m for m, chunks in self._held.items() if ALWAYS in chunks and _has_graph(chunks[ALWAYS])
+            ]
+            for modality in learning:
+                del self._held[modality]
         self._offers = {}
         self._forget()
 
-    def hold(self, modality: str, fields: Fields, pairs: Sequence[Pair]) -> None:
+    def hold(self, modality: str, fields: Fields, pairs: Sequence[Pair], parts: tuple[str, ...] = ()) -> None:
         """Tokens outside of time, at once: text, whose pairs do not depend on chunks or noise.
 
-        Their graph is kept, if there is one. To learn through the words, :meth:`drop` those that a pass
-        without gradients left here.
+        Their graph is kept, if there is one, until the next :meth:`commit` that detaches. To learn through
+        the words, :meth:`drop` those that a pass without gradients left here.
+
+        Args:
+            parts: what lies side by side in each head, by name, where that is more than one thing.
         """
         assert len(pairs) == self.layers
-        self._entries[modality] = {ALWAYS: _kept(Entry(dict(fields), tuple(pairs)), detach=False)}
+        self._held[modality] = {ALWAYS: _kept(Tokens(dict(fields), tuple(pairs), parts), detach=False)}
         self._forget()
 
+    def parts(self, modality: str) -> tuple[str, ...]:
+        """As :meth:`hold` was told; nothing if the modality is not held."""
+        held = self._held.get(modality, {}).get(ALWAYS)
+        return () if held is None else held.parts
+
     def drop(self, modality: str) -> None:
-        """Forget a modality: ``drop("text")`` before a new prompt. Chunks keep what they took from the old
-        words; making them anew from their clean latents (``begin``, forward, ``commit``) re-caches them."""
-        self._entries.pop(modality, None)
+        """Forget a modality: ``drop("text")`` before a new prompt.
+
+        Chunks keep what they took from the old words until they are made anew from their clean latents
+        (``begin``, forward, ``commit``), the oldest first. In a window that takes a snapshot of when the
+        oldest of them was made: what it saw is evicted by now.
+        """
+        self._held.pop(modality, None)
         self._forget()
 
     # --- reading ---
@@ -175,12 +211,12 @@ class KVCache:
         The modalities lie one after the other, (B, P of all of them, H, D). The keys went through ``turn``,
         once for each commit: it must depend on nothing but the cache and the modality.
         """
-        entries = [self._entries[m][c] for m in modalities for c in self.chunks(m)]
-        if not entries:
+        held = [self._held[m][c] for m in modalities for c in self.chunks(m)]
+        if not held:
             return [()] * self.layers
         layers = _Layers(self.layers, lambda layer: self._join_layer(modalities, layer, turn))
         # A graph may be walked once only, so what has one is not kept.
-        graph = any(t.requires_grad for entry in entries for pair in entry.pairs for t in pair)
+        graph = any(_has_graph(tokens) for tokens in held)
         return layers if self.lean or graph else self.remember(("past", *modalities), lambda: list(layers))
 
     def shift(self, modality: str, name: str, present: Tensor) -> Tensor | None:
@@ -193,13 +229,13 @@ class KVCache:
         if self.positions == "absolute" or begin is None or self.chunk <= self.sinks:
             return None
         beyond = [c for c in self.chunks(modality) if c >= self.sinks]
-        oldest = self._entries[modality][beyond[0]].fields[name] if beyond else present
+        oldest = self._held[modality][beyond[0]].fields[name] if beyond else present
         return _start(oldest) - begin
 
     def sink_tokens(self, modality: str) -> int:
         """How many of the past's tokens never move: the sinks'."""
-        held = [self._entries[modality][c] for c in self.chunks(modality) if c < self.sinks]
-        return sum(next(iter(entry.fields.values())).shape[1] for entry in held)
+        held = [self._held[modality][c] for c in self.chunks(modality) if c < self.sinks]
+        return sum(next(iter(tokens.fields.values())).shape[1] for tokens in held)
 
     def remember(self, key: object, make: Callable[[], T]) -> T:
         """``make()``, computed once and kept until the cache changes."""
@@ -211,19 +247,21 @@ class KVCache:
 
     def snapshot(self) -> Snapshot:
         """The state now; cheap, since tensors are shared and never written to."""
-        return Snapshot({m: dict(e) for m, e in self._entries.items()}, dict(self._begins), self.chunk)
+        held = {m: dict(chunks) for m, chunks in self._held.items()}
+        return Snapshot(held, dict(self._begins), self._evicted, self.chunk)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Back to a snapshot, as often as wanted."""
-        self._entries = {m: dict(e) for m, e in snapshot.entries.items()}
-        self._begins, self.chunk = dict(snapshot.begins), snapshot.chunk
+        self._held = {m: dict(chunks) for m, chunks in snapshot.held.items()}
+        self._begins = dict(snapshot.begins)
+        self._evicted, self.chunk = snapshot.evicted, snapshot.chunk
         self._offers = {}
         self._forget()
 
     def memory(self) -> int:
         """Bytes of all that is held, what attention reads at the moment included."""
-        entries = [entry for chunks in self._entries.values() for entry in chunks.values()]
-        tensors = [t for e in (*entries, *self._offers.values()) for pair in e.pairs for t in pair]
+        held = [tokens for chunks in self._held.values() for tokens in chunks.values()]
+        tensors = [t for e in (*held, *self._offers.values()) for pair in e.pairs for t in pair]
         for key, kept in self._memory.items():
             if isinstance(key, tuple) and key[0] == "past":
                 tensors += [t for pair in kept for t in pair]  # type: ignore[attr-defined]
@@ -234,7 +272,7 @@ class KVCache:
         self._memory = {}
 
     def _join_fields(self, modality: str) -> dict[str, Tensor]:
-        held = [self._entries[modality][c].fields for c in self.chunks(modality)]
+        held = [self._held[modality][c].fields for c in self.chunks(modality)]
         names = {name: t for fields in held for name, t in fields.items()}
 
         def column(name: str, like: Tensor) -> list[Tensor]:
@@ -250,7 +288,7 @@ class KVCache:
     def _join_layer(self, modalities: Sequence[str], layer: int, turn: Turn) -> Pair:
         keys, values = [], []
         for modality in modalities:
-            pairs = [self._entries[modality][c].pairs[layer] for c in self.chunks(modality)]
+            pairs = [self._held[modality][c].pairs[layer] for c in self.chunks(modality)]
             if pairs:
                 keys.append(turn(modality, _end_to_end([k for k, _ in pairs])))
                 values += [v for _, v in pairs]
@@ -281,10 +319,14 @@ def _end_to_end(parts: list[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
 
-def _kept(entry: Entry, detach: bool) -> Entry:
+def _kept(tokens: Tokens, detach: bool) -> Tokens:
     # Contiguous: a view of a joint projection would keep its queries alive as well.
-    pairs = (((k.detach(), v.detach()) if detach else (k, v)) for k, v in entry.pairs)
-    return Entry(entry.fields, tuple((k.contiguous(), v.contiguous()) for k, v in pairs))
+    pairs = (((k.detach(), v.detach()) if detach else (k, v)) for k, v in tokens.pairs)
+    return replace(tokens, pairs=tuple((k.contiguous(), v.contiguous()) for k, v in pairs))
+
+
+def _has_graph(tokens: Tokens) -> bool:
+    return any(t.requires_grad for pair in tokens.pairs for t in pair)
 
 
 def _timed(fields: Fields) -> dict[str, Tensor]:

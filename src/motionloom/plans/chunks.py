@@ -4,6 +4,9 @@
 arXiv 2407.01392). ``forcing = "teacher"``: the sequence is ``[clean | noisy]`` and a noisy chunk sees the
 clean past, which is what generation from a cache of clean chunks computes.
 
+Words are read by all chunks and stand at level 0, the clean one. To a backbone that modulates its words by
+their noise (LTX-2.3) that is new: published weights saw words at the level of the video.
+
 Shapes: see ``layout.py``; D chunks.
 """
 

@@ -31,6 +31,13 @@ def past_facts(cache: KVCache, *modalities: str) -> list[Fields]:
     return [cache.fields(m) for m in modalities if m in cache]
 
 
+def held_words(cache: KVCache, words: Stream) -> tuple[Attributes, Tensor | None]:
+    """:func:`join_facts` of the words that a cache holds, which are read in place of ``words``."""
+    held, given = cache.fields(words.modality)["scene"].shape[1], words.scene_BN.shape[1]
+    assert held == given, f"{held} tokens of {words.modality} are held and {given} given: drop the old first"
+    return join_facts(past_facts(cache, words.modality))
+
+
 def join_facts(parts: list[Fields]) -> tuple[Attributes, Tensor | None]:
     """What :func:`~motionloom.plans.lower.lower` asks about keys that lie end to end: their attributes, and
     which are valid, (B, K), None when nothing is padded."""

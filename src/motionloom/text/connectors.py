@@ -14,13 +14,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from motionloom.config.entries import from_entries, own_keys
 from motionloom.errors import UserError
 from motionloom.nn.attention import attend, join_heads
 from motionloom.nn.mlp import FeedForward
@@ -52,7 +53,7 @@ class ConnectorSizes:
     connector_rope_base_seq_len: int = 4096
     rope_theta: float = 10000.0
     rope_double_precision: bool = True
-    rope_type: str = "interleaved"
+    rope_type: Literal["interleaved", "split"] = "interleaved"
     per_modality_projections: bool = False
     """2.3: one for each modality, of ``video_hidden_dim`` and ``audio_hidden_dim``."""
     video_hidden_dim: int = 4096
@@ -72,24 +73,10 @@ class ConnectorSizes:
         Raises:
             UserError: of another class, or with entries or values that are not known here.
         """
-        if (kind := config.get("_class_name", DIFFUSERS_CLASS)) != DIFFUSERS_CLASS:
-            raise UserError(f"config.json: _class_name is {kind}, but ltx2 text reads {DIFFUSERS_CLASS}")
-        given = {key: value for key, value in config.items() if not key.startswith("_")}
+        given = own_keys(config, DIFFUSERS_CLASS, "config.json", "ltx2 text")
         given.pop("causal_temporal_positioning", None)  # diffusers keeps it and does not read it
-        if unknown := given.keys() - {field.name for field in fields(cls)}:
-            raise UserError(
-                f"config.json: the connectors do not know {min(unknown)}: is it of another model?"
-            )
-        sizes = cls(**given)
-        if sizes.rope_type not in ("interleaved", "split"):
-            raise UserError(f"config.json: rope_type is {sizes.rope_type!r}: known are interleaved and split")
+        sizes = from_entries(cls, given, "config.json", "ltx2 text")
         for modality in ("video", "audio"):
-            registers = given.get(f"{modality}_connector_num_learnable_registers", 128)
-            if type(registers) is not int or registers < 1:
-                raise UserError(
-                    f"config.json: {modality}_connector_num_learnable_registers is {registers!r}: connectors "
-                    "without registers are not known"
-                )
             wanted = getattr(sizes, f"{modality}_hidden_dim")
             wanted = wanted if sizes.per_modality_projections else sizes.caption_channels
             if sizes.width(modality) != wanted:

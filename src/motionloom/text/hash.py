@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from motionloom.config.entries import entry
 from motionloom.config.recipe import TextEncoderConfig
 from motionloom.errors import UserError
 from motionloom.rng import torch_generator
@@ -126,16 +127,18 @@ def load(folder: Path, settings: dict[str, object]) -> HashEncoder:
     """The encoder that `HashEncoder.save` wrote.
 
     Raises:
-        UserError: the tables are missing, damaged or of another size.
+        UserError: an entry is missing or wrong; the tables are missing, damaged or of another size.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    file = folder / "text_encoder.safetensors"
+    file, note = folder / "text_encoder.safetensors", str(folder / "text_encoder.json")
+    dim, rows, length = (entry(settings, key, int, note) for key in ("dim", "vocab_size", "max_length"))
+    seed = entry(settings, "seed", int, note, zero=True)
+    encoder = HashEncoder(dim, rows, length, seed=seed, trainable=entry(settings, "trainable", bool, note))
     try:
-        encoder = HashEncoder(**{name: value for name, value in settings.items() if name != "type"})  # type: ignore[arg-type]
         encoder.load_state_dict(load_file(file))
-    except (OSError, SafetensorError, RuntimeError, TypeError) as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
         raise UserError(
             f"{file}: is not the table that text_encoder.json describes ({error}); copy the folder whole"
         ) from error

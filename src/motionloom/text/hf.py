@@ -3,8 +3,8 @@
 Each architecture gets the class that is only its text part: the encoder stack of an encoder-decoder, the text
 tower of CLIP, the language model inside a multimodal one. The embedding is the last hidden state.
 
-What becomes of padding differs in the field. Wan (UMT5-XXL, 512 tokens) embeds the caption alone and shows
-its backbone zeros behind it; CogVideoX (T5-XXL, 226 tokens) has the encoder read the padding like words, and
+What becomes of padding differs in the field. Wan (UMT5-XXL, 512 tokens) cleans a caption, embeds it alone and
+shows its backbone zeros behind it; CogVideoX (T5-XXL, 226 tokens) has the encoder read padding as words, and
 the backbone see all of it. Backbones that know which tokens are valid need neither.
 
 Shapes: B batch, L text tokens of one caption, C channels.
@@ -13,6 +13,8 @@ Shapes: B batch, L text tokens of one caption, C channels.
 from __future__ import annotations
 
 import hashlib
+import html
+import importlib
 import importlib.util
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,10 +26,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from motionloom.config.entries import entry
 from motionloom.config.recipe import TextEncoderConfig
 from motionloom.errors import UserError
 
 Padding = Literal["hidden", "zero", "attended"]
+DType = Literal["float32", "bfloat16", "int8"]
 
 _TEXT_PART = {
     "t5": "T5EncoderModel",
@@ -46,7 +50,8 @@ class HFEncoder:
         dtype: of weights and embeddings; with ``int8`` (LLM.int8, 2208.07339) the weights of linear layers
             take half the room of bfloat16, in which all else is computed.
         max_length: in the model's tokens; longer captions are cut (see `count_cut`).
-        padding: ``hidden``: it is not valid; ``zero``: it is, and zero; ``attended``: it is embedded too.
+        padding: ``hidden``: it is not valid; ``zero``: it is, and zero, and captions are cleaned;
+            ``attended``: it is embedded too.
 
     Raises:
         UserError: transformers is missing, the model cannot be had, it cannot hold ``max_length``, it has no
@@ -148,6 +153,8 @@ class HFEncoder:
         digest.update(json.dumps([self.max_length, self._tokens(probe, cut=True)]).encode())
         if self.padding != "hidden":
             digest.update(self.padding.encode())
+        if self.padding == "zero":
+            digest.update(clean_caption("schÃ¶n &amp;amp;\n rot").encode())
         return digest.hexdigest()
 
     def save(self, folder: Path) -> None:
@@ -166,12 +173,24 @@ class HFEncoder:
     def _tokens(self, captions: Sequence[str], *, cut: bool) -> list[list[int]]:
         if not captions:
             return []
+        if self.padding == "zero":
+            captions = [clean_caption(caption) for caption in captions]
         length = {"truncation": True, "max_length": self.max_length} if cut else {"truncation": False}
         return self.tokenizer(list(captions), padding=False, verbose=False, **length)["input_ids"]
 
     def _blank(self) -> int:
         names = ("bos_token_id", "eos_token_id", "pad_token_id")
         return next((i for n in names if (i := getattr(self.tokenizer, n)) is not None), 0)
+
+
+def clean_caption(caption: str) -> str:
+    """A caption as Wan's pipeline has it: mended text, no HTML entities, single spaces.
+
+    As there, mis-encoded text ("Ã¶" for "ö") is mended only where the ``ftfy`` package is installed.
+    """
+    if importlib.util.find_spec("ftfy") is not None:
+        caption = importlib.import_module("ftfy").fix_text(caption)
+    return " ".join(html.unescape(html.unescape(caption)).split())
 
 
 def whole_path(name_or_path: str) -> str:
@@ -303,14 +322,19 @@ def load(folder: Path, settings: dict[str, Any]) -> HFEncoder:
     """The encoder that `HFEncoder.save` named.
 
     Raises:
-        UserError: the model is gone, or is no longer the one that was saved.
+        UserError: an entry is missing or wrong, the model is gone, or is no longer the one that was saved.
     """
-    name, note = settings["name_or_path"], folder / "text_encoder.json"
-    padding = settings.get("padding", "hidden")
-    encoder = HFEncoder(name, settings["max_length"], getattr(torch, settings["dtype"]), padding)
-    if encoder.fingerprint() != settings["fingerprint"]:
+    note = str(folder / "text_encoder.json")
+    name = entry(settings, "name_or_path", str, note)
+    length = entry(settings, "max_length", int, note)
+    dtype = getattr(torch, entry(settings, "dtype", DType, note))
+    padding = entry(settings, "padding", Padding, note, "hidden")
+    fingerprint = entry(settings, "fingerprint", str, note)
+    encoder = HFEncoder(name, length, dtype, padding)
+    if encoder.fingerprint() != fingerprint:
+        cleaned = ", or ftfy came or went" if padding == "zero" else ""
         raise UserError(
-            f"{name}: is not the text encoder that {note} was saved with (its weights or tokenizer changed); "
-            "put the former model back, or correct name_or_path there"
+            f"{name}: is not the text encoder that {note} was saved with (its weights or tokenizer "
+            f"changed{cleaned}); put the former back, or correct name_or_path there"
         )
     return encoder

@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from motionloom.config.entries import entry
 from motionloom.config.recipe import TextEncoderConfig
 from motionloom.errors import UserError
 from motionloom.text.connectors import load_connectors
-from motionloom.text.hf import HFEncoder, digest_weights, whole_path
+from motionloom.text.hf import DType, HFEncoder, digest_weights, whole_path
 
 GROUP_TOKENS = 2048
 """How many tokens are embedded at a time: all their layers are held at once, 0.4 MB each for Gemma 3 12B."""
@@ -161,17 +162,17 @@ def load(folder: Path, settings: dict[str, Any]) -> LTX2Encoder:
     """The encoder that `LTX2Encoder.save` named.
 
     Raises:
-        UserError: a model is gone, or is no longer the one that was saved.
+        UserError: an entry is missing or wrong, a model is gone, or is no longer the one that was saved.
     """
-    encoder = LTX2Encoder(
-        settings["name_or_path"],
-        settings["connectors"],
-        settings["max_length"],
-        getattr(torch, settings["dtype"]),
-    )
-    if encoder.fingerprint() != settings["fingerprint"]:
+    note = str(folder / "text_encoder.json")
+    name, connectors = (entry(settings, key, str, note) for key in ("name_or_path", "connectors"))
+    length = entry(settings, "max_length", int, note)
+    dtype = getattr(torch, entry(settings, "dtype", DType, note))
+    fingerprint = entry(settings, "fingerprint", str, note)
+    encoder = LTX2Encoder(name, connectors, length, dtype)
+    if encoder.fingerprint() != fingerprint:
         raise UserError(
-            f"{settings['name_or_path']} and {settings['connectors']} are not the text encoder that "
-            f"{folder / 'text_encoder.json'} was saved with: put the former back, or correct the paths there"
+            f"{name} and {connectors} are not the text encoder that {note} was saved with: put the former "
+            "back, or correct the paths there"
         )
     return encoder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -16,13 +17,13 @@ from motionloom.tokenizers.cogvideox_vae import COGVIDEOX_VAE
 from motionloom.tokenizers.ltx2_vae import LTX2_VAE
 from motionloom.tokenizers.patch import PatchTokenizer
 from motionloom.tokenizers.scenes import decode_scenes, encode_scenes, scene_latents, scene_seconds
-from motionloom.tokenizers.vae import Family, VaeSettings, VaeTokenizer
+from motionloom.tokenizers.vae import VaeKind, VaeSettings, VaeTokenizer
 from motionloom.tokenizers.wan_vae import WAN_VAE
 
 TOKENIZERS = {"patch": PatchTokenizer}
 """Tokenizers that are fitted, by recipe name."""
 
-VAES: dict[str, Family] = {family.name: family for family in (WAN_VAE, COGVIDEOX_VAE, LTX2_VAE)}
+VAES: dict[str, VaeKind] = {kind.name: kind for kind in (WAN_VAE, COGVIDEOX_VAE, LTX2_VAE)}
 """Tokenizers that come with weights, by recipe name."""
 
 
@@ -70,15 +71,12 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     note = folder / "tokenizer.json"
     if not note.is_file():
         named = diffusers_folder.class_named_in(folder)
-        for family in VAES.values():
-            if family.vae_class == named:
-                return VaeTokenizer.open(family, folder, VaeSettings())
+        for vae in VAES.values():
+            if vae.vae_class == named:
+                return VaeTokenizer.open(vae, folder, VaeSettings())
         raise UserError(f"{folder}: no tokenizer here ({note.name} is missing): name a saved one")
-    try:
-        settings = json.loads(note.read_text())
-        kind = settings.pop("type")
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
-        raise UserError(f"{note}: not a tokenizer's ({error}): fit or copy it again") from None
+    settings = _noted(note)
+    kind = settings.pop("type")
     if kind in VAES:
         return VaeTokenizer.load(VAES[kind], folder, settings)
     if kind not in TOKENIZERS:
@@ -92,12 +90,20 @@ def _saved_kind(folder: Path) -> str:
     """The type that a folder says it is; empty where it does not say."""
     note = folder / "tokenizer.json"
     if note.is_file():
-        try:
-            return str(json.loads(note.read_text())["type"])
-        except (OSError, ValueError, TypeError, KeyError):
-            return ""  # whoever reads it says what is wrong
+        return str(_noted(note)["type"])
     named = diffusers_folder.class_named_in(folder)
-    return next((name for name, family in VAES.items() if family.vae_class == named), "")
+    return next((name for name, vae in VAES.items() if vae.vae_class == named), "")
+
+
+def _noted(note: Path) -> dict[str, Any]:
+    """The content of a ``tokenizer.json``, an object with a word for its type."""
+    try:
+        settings = json.loads(note.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{note}: not a tokenizer's ({error}): fit or copy it again") from None
+    if not isinstance(settings, dict) or not isinstance(settings.get("type"), str):
+        raise UserError(f"{note}: not a tokenizer's (it has no type): fit or copy it again")
+    return settings
 
 
 def _require_shape(spec: TokenizerSpec, config: TokenizerConfig) -> None:

@@ -18,6 +18,7 @@ CogVideoX: arXiv 2408.06072, section 2.1. Shapes: B batch, C channels, T frames,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from itertools import islice
 from typing import Any
@@ -26,7 +27,8 @@ import torch
 from torch import Tensor
 
 from motionloom.tokenizers.base import TokenizerSpec
-from motionloom.tokenizers.vae import Family
+from motionloom.tokenizers.checks import require_factor, require_numbers
+from motionloom.tokenizers.vae import VaeKind
 
 _PIXELS_AT_ONCE, _LATENTS_AT_ONCE = 8, 2
 
@@ -39,9 +41,18 @@ def _spec(vae: Any) -> TokenizerSpec:
     )
 
 
+def _check(vae: Any) -> None:
+    ratio = vae.config.temporal_compression_ratio
+    # The layers halve time so many times; another ratio would be rounded down to one.
+    if ratio <= 0 or not math.log2(ratio).is_integer():
+        raise ValueError(f"temporal_compression_ratio is {ratio!r}, not a power of 2")
+
+
 def _statistics(vae: Any) -> tuple[Tensor, Tensor]:
     config = vae.config
-    mean = torch.full((config.latent_channels,), config.shift_factor or 0.0)
+    require_factor(config.scaling_factor, "scaling_factor")
+    require_numbers([config.shift_factor or 0], "shift_factor")
+    mean = torch.full((config.latent_channels,), float(config.shift_factor or 0))
     return mean, torch.full_like(mean, 1 / config.scaling_factor)
 
 
@@ -78,7 +89,7 @@ def _decode(vae: Any, latents: Iterator[Tensor]) -> Iterator[Tensor]:
         wanted = _LATENTS_AT_ONCE
 
 
-COGVIDEOX_VAE = Family(
+COGVIDEOX_VAE = VaeKind(
     name="cogvideox_vae",
     vae_class="AutoencoderKLCogVideoX",
     spec=_spec,
@@ -86,4 +97,5 @@ COGVIDEOX_VAE = Family(
     encode=_encode,
     decode=_decode,
     groups=_groups,
+    check=_check,
 )

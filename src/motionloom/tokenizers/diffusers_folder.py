@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from motionloom.errors import UserError
+from motionloom.tokenizers.checks import DAMAGE, one_line
 
 CONFIG, WEIGHTS = "config.json", "diffusion_pytorch_model.safetensors"
 
@@ -42,9 +44,8 @@ def load(folder: Path, names: Mapping[str, str], dtype: torch.dtype) -> nn.Modul
         names: the classes that will do, and the diffusers module that each is in.
 
     Raises:
-        UserError: there is no such folder, it holds another class, or its weights are missing, damaged, or
-        not
-            those that its config describes.
+        UserError: there is no such folder, it holds another class, its config has values that the class
+            cannot use, or its weights are missing, damaged or not those that the config describes.
     """
     found = class_named_in(folder)
     if found is None:
@@ -63,9 +64,8 @@ def load(folder: Path, names: Mapping[str, str], dtype: torch.dtype) -> nn.Modul
                 local_files_only=True,
                 output_loading_info=True,
             )
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{folder}: cannot be loaded as {found} ({reason}): copy it again") from None
+    except DAMAGE as error:
+        raise UserError(f"{folder}: cannot be loaded as {found} ({one_line(error)}): copy it again") from None
     for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if names_ := sorted(map(str, report[what])):
             more = f" and {len(names_) - 1} more" if len(names_) > 1 else ""
@@ -128,12 +128,14 @@ def _class(module: str, name: str) -> Any:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without diffusers' own warnings on what :func:`load` reports as an error."""
+    """Without diffusers' and numpy's own warnings on what :func:`load` reports as an error."""
     from diffusers.utils import logging
 
     before = logging.get_verbosity()
     logging.set_verbosity(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            yield
     finally:
         logging.set_verbosity(before)

@@ -12,6 +12,7 @@ bins, C numbers of a latent, c channels and m frequency rows of the VAE's latent
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from motionloom.errors import UserError
-from motionloom.tokenizers import diffusers_folder
+from motionloom.tokenizers import checks, diffusers_folder
 from motionloom.tokenizers.audio import AudioTokenizerSpec
 from motionloom.tokenizers.sound import log_mel, resample
 
@@ -34,25 +35,10 @@ class LTX2Audio:
 
     def __init__(self, vae: Any, vocoder: Any) -> None:
         """Both models in float32. Raises ValueError for models that do not fit each other or this adapter."""
-        config = vae.config
-        if config.causality_axis != "height":
-            raise ValueError(f"causality_axis {config.causality_axis!r} is not height, the axis of time")
-        rows = config.mel_bins // vae.mel_compression_ratio
-        self.spec = AudioTokenizerSpec(
-            channels=config.latent_channels * rows,
-            sample_rate=config.sample_rate,
-            hop=config.mel_hop_length,
-            temporal=vae.temporal_compression_ratio,
-        )
-        if len(vae.latents_mean) != self.spec.channels:
-            raise ValueError(
-                f"{len(vae.latents_mean)} statistics for latents of {self.spec.channels} numbers"
-            )
-        heard = config.output_channels * config.mel_bins
-        if vocoder.config.in_channels != heard:
-            raise ValueError(
-                f"the vocoder takes {vocoder.config.in_channels} channels, the VAE makes {heard}"
-            )
+        with checks.damage_as_value_error():
+            self.spec = _spec(vae)
+            checks.require_statistics(vae.latents_mean, vae.latents_std, self.spec.channels)
+            self._output_rate = _output_rate(vae.config, vocoder.config)
         self._vae, self._vocoder = vae, vocoder
         self._fingerprint = ""
 
@@ -118,7 +104,7 @@ class LTX2Audio:
         z_BTC = latents_BTC.to(self.device).float() * self._vae.latents_std + self._vae.latents_mean
         z_BcTm = z_BTC.unflatten(2, (self._vae.config.latent_channels, -1)).transpose(1, 2)
         sound = self._vocoder(self._vae.decode(z_BcTm.contiguous()).sample)
-        return sound.clamp(-1.0, 1.0).to(latents_BTC.device), int(self._vocoder.config.output_sampling_rate)
+        return sound.clamp(-1.0, 1.0).to(latents_BTC.device), self._output_rate
 
     def fingerprint(self) -> str:
         if not self._fingerprint:
@@ -131,6 +117,48 @@ class LTX2Audio:
         diffusers_folder.save(self._vae, folder / _VAE)
         diffusers_folder.save(self._vocoder, folder / _VOCODER)
         (folder / _NOTE).write_text(json.dumps({"type": "ltx2_audio"}))
+
+
+def _spec(vae: Any) -> AudioTokenizerSpec:
+    config = vae.config
+    if config.causality_axis != "height":
+        raise ValueError(f"causality_axis {config.causality_axis!r} is not height, the axis of time")
+    names = ("sample_rate", "mel_hop_length", "mel_bins", "latent_channels", "in_channels", "output_channels")
+    checks.require_counts(**{name: config[name] for name in names})
+    return AudioTokenizerSpec(
+        channels=config.latent_channels * (config.mel_bins // vae.mel_compression_ratio),
+        sample_rate=config.sample_rate,
+        hop=config.mel_hop_length,
+        temporal=vae.temporal_compression_ratio,
+    )
+
+
+def _output_rate(config: Any, vocoder: Any) -> int:
+    """Hz of the sound that the vocoder makes of the VAE's spectrograms. Raises ValueError.
+
+    Its layers make so many samples of a spectrogram frame; a rate that says otherwise would play the sound
+    too fast or too slow. With bandwidth extension there are two such steps.
+    """
+    heard = config.output_channels * config.mel_bins
+    if vocoder.in_channels != heard:
+        raise ValueError(f"the vocoder takes {vocoder.in_channels} channels, the VAE makes {heard}")
+    steps = [(config.sample_rate, config.mel_hop_length, "output_sampling_rate", vocoder.upsample_factors)]
+    if "bwe_upsample_factors" in vocoder:
+        steps = [
+            (config.sample_rate, config.mel_hop_length, "input_sampling_rate", vocoder.upsample_factors),
+            (
+                vocoder.input_sampling_rate,
+                vocoder.hop_length,
+                "output_sampling_rate",
+                vocoder.bwe_upsample_factors,
+            ),
+        ]
+    for rate, hop, said, factors in steps:
+        checks.require_counts(**{said: vocoder[said]})
+        made = rate / hop * math.prod(factors)
+        if vocoder[said] != made:
+            raise ValueError(f"{said} of the vocoder is {vocoder[said]}, and its layers make {made:g} Hz")
+    return int(vocoder.output_sampling_rate)
 
 
 def load_audio_tokenizer(folder: str | Path) -> LTX2Audio:

@@ -15,15 +15,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from motionloom.errors import UserError
 from motionloom.tokenizers.base import TokenizerSpec
+from motionloom.tokenizers.checks import require_factor, require_truths
 from motionloom.tokenizers.fork import fork
-from motionloom.tokenizers.vae import Family
+from motionloom.tokenizers.vae import VaeKind
 
 Frames = Iterator[Tensor]
 """Pieces (B, C, T, H, W) of one clip in order, of any lengths T > 0."""
@@ -40,6 +41,7 @@ def _spec(vae: Any) -> TokenizerSpec:
 
 
 def _statistics(vae: Any) -> tuple[Tensor, Tensor]:
+    require_factor(vae.config.scaling_factor, "scaling_factor")
     return vae.latents_mean, vae.latents_std.float() / vae.config.scaling_factor
 
 
@@ -47,11 +49,10 @@ def _check(vae: Any) -> None:
     config = vae.config
     noise = config.decoder_inject_noise
     if config.timestep_conditioning or any(noise if isinstance(noise, list | tuple) else [noise]):
-        raise ValueError(
-            "type ltx2_vae cannot run this model: its decoder draws noise, and latents must decide"
-        )
+        raise ValueError("its decoder draws noise, and latents must decide")
     if config.patch_size_t != 1:
-        raise ValueError(f"type ltx2_vae cannot run this model: patch_size_t is {config.patch_size_t}, not 1")
+        raise ValueError(f"patch_size_t is {config.patch_size_t}, not 1")
+    require_truths(config, "encoder_causal", "decoder_causal")
 
 
 def _encode(vae: Any, pixels: Frames) -> Frames:
@@ -71,10 +72,36 @@ def _encode(vae: Any, pixels: Frames) -> Frames:
 
 
 def _decode(vae: Any, latents: Frames) -> Frames:
-    """Latent frames -> pixel frames (B, 3, T, H, W)."""
+    """Latent frames -> pixel frames (B, 3, T, H, W).
+
+    A decoder that mirrors edges cannot mirror a single row or column. Such a one is decoded as two equal ones
+    and the pixels of the second are dropped: to the decoder it goes on as it is.
+    """
+    mirrors = vae.decoder.conv_in.conv.padding_mode == "reflect"
+    first = next(latents, None)
+    if first is None:
+        return
+    lone = [axis for axis in (3, 4) if mirrors and first.shape[axis] == 1]
+    wide = _each(lambda z: _doubled(z, lone), chain([first], latents))
+    yield from _each(lambda x: _halved(x, lone), _decode_wide(vae, wide))
+
+
+def _doubled(x: Tensor, axes: list[int]) -> Tensor:
+    for axis in axes:
+        x = torch.cat([x, x], dim=axis)
+    return x
+
+
+def _halved(x: Tensor, axes: list[int]) -> Tensor:
+    for axis in axes:
+        x = x.narrow(axis, 0, x.shape[axis] // 2)
+    return x
+
+
+def _decode_wide(vae: Any, latents: Frames) -> Frames:
     decoder = vae.decoder
     causal = decoder.is_causal
-    x = _conv(decoder.conv_in, _each(_with_room_to_mirror, latents), causal)
+    x = _conv(decoder.conv_in, latents, causal)
     for resnet in decoder.mid_block.resnets:
         x = _resnet(resnet, x, causal)
     for block in decoder.up_blocks:
@@ -86,14 +113,6 @@ def _decode(vae: Any, latents: Frames) -> Frames:
             x = _resnet(resnet, x, causal)
     x = _conv(decoder.conv_out, _each(lambda x: decoder.conv_act(decoder.norm_out(x)), x), causal)
     return _each(lambda x: _unfold_pixels(x, decoder.patch_size), x)
-
-
-def _with_room_to_mirror(z: Tensor) -> Tensor:
-    if min(z.shape[-2:]) < 2:
-        raise UserError(
-            "frames or tiles of one latent row or column: ltx2_vae mirrors their edges, so give two or more"
-        )
-    return z
 
 
 def lookahead(vae: Any) -> int:
@@ -244,7 +263,7 @@ def _unfold_pixels(x: Tensor, p: int) -> Tensor:
     return _unfold_box(x.transpose(3, 4), (1, p, p)).transpose(3, 4)
 
 
-LTX2_VAE = Family(
+LTX2_VAE = VaeKind(
     name="ltx2_vae",
     vae_class="AutoencoderKLLTX2Video",
     spec=_spec,

@@ -24,6 +24,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from motionloom.config.entries import from_entries
 from motionloom.config.recipe import TokenizerConfig
 from motionloom.errors import UserError
 from motionloom.tokenizers.base import TokenizerSpec
@@ -178,9 +179,9 @@ class PatchTokenizer:
         Raises:
             UserError: the file is missing, damaged, or not the one that the json describes.
         """
-        file = folder / "tokenizer.safetensors"
+        file, note = folder / "tokenizer.safetensors", folder / "tokenizer.json"
         try:
-            spec, tensors = TokenizerSpec(**settings), load_file(file)
+            spec, tensors = from_entries(TokenizerSpec, settings, str(note), "patch"), load_file(file)
             numbers = 3 * spec.spatial**2
             first = _basis(tensors, "first", numbers, spec.channels) if spec.first_alone else None
             return PatchTokenizer(

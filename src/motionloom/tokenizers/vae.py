@@ -1,4 +1,4 @@
-"""Video VAEs of the field as tokenizers: what they share; what differs is a :class:`Family`.
+"""Video VAEs of the field as tokenizers: what they share; what differs is a :class:`VaeKind`.
 
 Latents are the mean of the posterior, normalised per channel by the model's own statistics, so equal clips
 give equal latents. Both directions run over time in pieces whose number in memory does not depend on the
@@ -19,9 +19,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from motionloom.config.entries import from_entries
 from motionloom.config.recipe import TokenizerConfig
 from motionloom.errors import UserError
-from motionloom.tokenizers import diffusers_folder
+from motionloom.tokenizers import checks, diffusers_folder
 from motionloom.tokenizers.base import TokenizerSpec
 from motionloom.tokenizers.tiling import Code, tiled
 
@@ -38,7 +39,7 @@ def accept(vae: Any) -> None:
 
 
 @dataclass(frozen=True)
-class Family:
+class VaeKind:
     """What sets one VAE class apart."""
 
     name: str
@@ -55,7 +56,7 @@ class Family:
     groups: Callable[[int, TokenizerSpec], list[int]] = first_alone_groups
     """The sizes of those groups for a clip of so many pixel frames."""
     check: Callable[[Any], None] = accept
-    """Raises ValueError for a model that this adapter cannot run exactly."""
+    """Raises ValueError for a model that this adapter cannot run exactly; it is called first."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,6 @@ class VaeSettings:
 
     def check(self, spec: TokenizerSpec) -> None:
         """Raises ValueError for tiles that do not fit the cells."""
-        if self.precision not in DTYPES:
-            raise ValueError(f"precision {self.precision!r} is none of {', '.join(DTYPES)}")
         for name, pixels in (("tile", self.tile), ("tile_overlap", self.tile_overlap)):
             if pixels < 0 or (self.tile and pixels % spec.spatial):
                 raise ValueError(f"{name} {pixels} does not divide by the {spec.spatial} pixels of a cell")
@@ -87,26 +86,23 @@ class VaeSettings:
 class VaeTokenizer:
     """A diffusers VAE under the tokenizer protocol. Build with :meth:`open` or :meth:`load`."""
 
-    def __init__(self, family: Family, vae: nn.Module, settings: VaeSettings) -> None:
+    def __init__(self, kind: VaeKind, vae: nn.Module, settings: VaeSettings) -> None:
         """``vae`` is used as it is: its dtype must be that of ``settings.precision``.
 
         Raises ValueError for settings or a model that do not fit.
         """
-        assert next(vae.parameters()).dtype == DTYPES.get(settings.precision, torch.float32)
-        self.family = family
+        assert next(vae.parameters()).dtype == DTYPES[settings.precision]
+        self.kind = kind
         self.settings = settings
-        self.spec = family.spec(vae)
-        family.check(vae)
+        self.spec, self._mean_C, self._std_C = _described(kind, vae)
         settings.check(self.spec)
         self._vae = vae
-        mean_C, std_C = family.statistics(vae)
-        self._mean_C, self._std_C = mean_C.float().cpu(), std_C.float().cpu()
         self._fingerprint = ""
         self._saved: Path | None = None
         """A folder with these weights that :meth:`save` wrote, and that nobody but us writes to."""
 
     @staticmethod
-    def open(family: Family, folder: Path, settings: VaeSettings) -> VaeTokenizer:
+    def open(kind: VaeKind, folder: Path, settings: VaeSettings) -> VaeTokenizer:
         """The VAE of a folder in diffusers' layout, or of a pipeline's folder that has it in ``vae/``.
 
         Raises:
@@ -114,23 +110,23 @@ class VaeTokenizer:
         """
         if not (folder / diffusers_folder.CONFIG).is_file() and (folder / "vae").is_dir():
             folder = folder / "vae"
-        names = {family.vae_class: "models"}
-        vae = diffusers_folder.load(folder, names, DTYPES.get(settings.precision, torch.float32))
+        names = {kind.vae_class: "models"}
+        vae = diffusers_folder.load(folder, names, DTYPES[settings.precision])
         try:
-            return VaeTokenizer(family, vae, settings)
+            return VaeTokenizer(kind, vae, settings)
         except ValueError as error:
             raise UserError(f"{folder}: tokenizer.{error}") from None
 
     @staticmethod
-    def load(family: Family, folder: Path, settings: dict[str, Any]) -> VaeTokenizer:
-        """Read what :meth:`save` wrote; ``settings`` is the content of its json without ``type``."""
-        try:
-            known = VaeSettings(**settings)
-        except TypeError as error:
-            raise UserError(
-                f"{folder / 'tokenizer.json'}: not a tokenizer's ({error}): copy it again"
-            ) from None
-        tokenizer = VaeTokenizer.open(family, folder, known)
+    def load(kind: VaeKind, folder: Path, settings: dict[str, Any]) -> VaeTokenizer:
+        """Read what :meth:`save` wrote; ``settings`` is the content of its json without ``type``.
+
+        Raises:
+            UserError: as :meth:`open`; or settings of other names or types.
+        """
+        note = str(folder / "tokenizer.json")
+        known = from_entries(VaeSettings, settings, note, kind.name, zero=("tile", "tile_overlap"))
+        tokenizer = VaeTokenizer.open(kind, folder, known)
         tokenizer._saved = folder if (folder / "tokenizer.json").is_file() else None
         return tokenizer
 
@@ -149,8 +145,8 @@ class VaeTokenizer:
         """uint8 (B, P, H, W, 3) -> float32 (B, F, h, w, C). Raises UserError for sizes that do not divide."""
         frames = video_BPHW3.shape[1]
         self.spec.latent_grid(*video_BPHW3.shape[1:4])
-        groups = video_BPHW3.split(self.family.groups(frames, self.spec), dim=1)
-        code = self._code(self.family.encode, pixels=True)
+        groups = video_BPHW3.split(self.kind.groups(frames, self.spec), dim=1)
+        code = self._code(self.kind.encode, pixels=True)
         mean_C, std_C = self._mean_C.to(self.device), self._std_C.to(self.device)
         parts = [
             ((means.movedim(1, -1).float() - mean_C) / std_C).to(video_BPHW3.device)
@@ -173,7 +169,7 @@ class VaeTokenizer:
     def stream_decode_float(self, latents: Iterable[Tensor]) -> Iterator[Tensor]:
         """As :meth:`stream_decode`, in float32 within [-1, 1], before rounding."""
         home: list[torch.device] = []
-        code = self._code(self.family.decode, pixels=False)
+        code = self._code(self.kind.decode, pixels=False)
         pieces = code(self._to_model_latents(latents, home))
         while True:
             # Not around the loop: no_grad must not be held while the consumer runs.
@@ -186,7 +182,7 @@ class VaeTokenizer:
 
     def fingerprint(self) -> str:
         if not self._fingerprint:
-            settings = {"type": self.family.name, **asdict(self.settings)}
+            settings = {"type": self.kind.name, **asdict(self.settings)}
             self._fingerprint = diffusers_folder.digest(self._vae, extra=settings)
         return self._fingerprint
 
@@ -194,7 +190,7 @@ class VaeTokenizer:
         """A diffusers folder, and ``tokenizer.json`` with the settings. Weights that were loaded
         from such a folder are shared with it: a run's checkpoints hold one file together."""
         diffusers_folder.save(self._vae, folder, self._saved)
-        settings = {"type": self.family.name, **asdict(self.settings)}
+        settings = {"type": self.kind.name, **asdict(self.settings)}
         (folder / "tokenizer.json").write_text(json.dumps(settings, indent=1))
 
     def _code(self, code: Callable[[Any, Iterator[Tensor]], Iterator[Tensor]], pixels: bool) -> Code:
@@ -222,3 +218,22 @@ class VaeTokenizer:
             for z_B1hwC in chunk_BFhwC.split(1, dim=1):
                 z = z_B1hwC.to(self.device).float() * std_C + mean_C
                 yield z.movedim(-1, 1).to(DTYPES[self.settings.precision])
+
+
+def _described(kind: VaeKind, vae: Any) -> tuple[TokenizerSpec, Tensor, Tensor]:
+    """The shape rule of a model, and the mean and deviation (C,) of its latents, float32 on the CPU.
+
+    Raises ValueError for a model that this adapter cannot run, or whose config or statistics are damaged.
+    """
+    try:
+        with checks.damage_as_value_error():
+            kind.check(vae)
+            spec = kind.spec(vae)
+            checks.require_counts(channels=spec.channels, spatial=spec.spatial, temporal=spec.temporal)
+            mean_C, std_C = (values.float().cpu() for values in kind.statistics(vae))
+        checks.require_statistics(mean_C, std_C, spec.channels)
+    except ValueError as error:
+        raise ValueError(
+            f"type {kind.name} cannot run this model: {error}: copy it again or name another"
+        ) from None
+    return spec, mean_C, std_C

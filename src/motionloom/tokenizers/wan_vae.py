@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from motionloom.tokenizers.base import TokenizerSpec
-from motionloom.tokenizers.vae import Family
+from motionloom.tokenizers.checks import require_counts, require_numbers
+from motionloom.tokenizers.vae import VaeKind
 
 
 def _spec(vae: Any) -> TokenizerSpec:
@@ -26,8 +27,24 @@ def _spec(vae: Any) -> TokenizerSpec:
     return TokenizerSpec(config.z_dim, spatial, 2 ** sum(config.temperal_downsample), first_alone=True)
 
 
+def _check(vae: Any) -> None:
+    config = vae.config
+    square = config.patch_size or 1
+    require_counts(patch_size=square)
+    if config.in_channels != 3 * square**2:
+        raise ValueError(
+            f"in_channels is {config.in_channels}, not the 3 x {square} x {square} of patch_size"
+        )
+    halves = config.temperal_downsample
+    if len(halves) != len(config.dim_mult) - 1 or not all(isinstance(half, bool) for half in halves):
+        raise ValueError(f"temperal_downsample is {halves!r}, not a truth between each two of dim_mult")
+
+
 def _statistics(vae: Any) -> tuple[Tensor, Tensor]:
-    return torch.tensor(vae.config.latents_mean), torch.tensor(vae.config.latents_std)
+    mean, std = vae.config.latents_mean, vae.config.latents_std
+    require_numbers(mean, "latents_mean")
+    require_numbers(std, "latents_std")
+    return torch.tensor(mean), torch.tensor(std)
 
 
 def _empty_features(network: nn.Module) -> list[Any]:
@@ -67,11 +84,12 @@ def _unfold(x: Tensor, p: int) -> Tensor:
     return x.permute(0, 1, 4, 5, 3, 6, 2).flatten(5, 6).flatten(3, 4)
 
 
-WAN_VAE = Family(
+WAN_VAE = VaeKind(
     name="wan_vae",
     vae_class="AutoencoderKLWan",
     spec=_spec,
     statistics=_statistics,
     encode=_encode,
     decode=_decode,
+    check=_check,
 )

@@ -25,6 +25,7 @@ from motionloom.data.cache.text import TextTable
 from motionloom.errors import UserError
 from motionloom.rng import numpy_rng
 from motionloom.tokenizers import Tokenizer, load_tokenizer
+from motionloom.tokenizers.scenes import decode_scenes
 
 _COLUMNS = ("id", "clip", "crop", "bucket", "captions", "wordings", "scene_frames", "source", "stamp")
 _ITEM = np.dtype(np.float16)
@@ -48,6 +49,11 @@ class Row:
     source: str
     latents_FhwC: Tensor
     """Normalised latents, float32."""
+
+    def decode(self, tokenizer: Tokenizer) -> Tensor:
+        """Its pixels after ``tokenizer``, uint8 (P, H, W, 3); shots coded alone are decoded alone."""
+        shots = self.bucket.shots or (self.bucket.frames,)
+        return decode_scenes(tokenizer, self.latents_FhwC[None], shots)[0]
 
 
 class Cache:
