@@ -630,7 +630,7 @@ def test_a_new_prompt_needs_new_words_and_a_new_past(kind):
         assert off(last(past(cache, told), told), fresh) == 0.0
 
 
-@pytest.mark.parametrize("kind", ["wan", "ltx2"])
+@pytest.mark.parametrize("kind", ["joint", "wan", "ltx2"])
 def test_new_words_are_the_old_ones_until_these_are_dropped(kind):
     """Which of them are padding included; other words in number are refused."""
     model, clip = build(kind), clip_of(kind, Chunks(2), 4)

@@ -76,8 +76,8 @@ def rules(plan, geo: Geometry, words: Text) -> tuple[torch.Tensor, list[dict]]:
     joined = join_attributes([streams["text"].attributes, streams["video"].attributes])
     mask = layout.visibility.allows(joined.queries(), joined.keys())[0]
     names = ("modality", "scene", "chunk", "context")
-    values = [getattr(joined, f"{n}_BN")[0].tolist() for n in names]
-    return mask, [dict(zip(names, row, strict=True)) for row in zip(*values, strict=True)]
+    values = [getattr(joined, f"{n}_BN")[0].tolist() for n in names] + [joined.cell_BN3[0, :, 0].tolist()]
+    return mask, [dict(zip((*names, "frame"), row, strict=True)) for row in zip(*values, strict=True)]
 
 
 def check(mask: torch.Tensor, facts: list[dict], rule) -> None:
@@ -100,6 +100,19 @@ def test_scene_mask_is_the_papers_table_for_any_lengths(scene_frames):
 
     check(mask, facts, table)
     assert torch.equal(mask, mask.T)
+
+
+@pytest.mark.parametrize("scene_frames", [(2, 2), (1, 3, 2), (4,)])
+def test_scene_summaries_show_the_first_frame_of_other_scenes(scene_frames):
+    mask, facts = rules(Scenes(visibility="summary"), geometry(scene_frames), text(len(scene_frames)))
+    begins = torch.tensor([0, *scene_frames]).cumsum(0).tolist()
+
+    def table(q, k):
+        first = not is_text(k) and k["frame"] in begins
+        return q["scene"] == k["scene"] or (not is_text(q) and first)
+
+    check(mask, facts, table)
+    assert rules(Scenes(visibility="full"), geometry(scene_frames), text(len(scene_frames)))[0].all()
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ from motionloom.nn.modulation import NoiseModulation, one_hot_levels, per_token
 from motionloom.nn.norms import HeadNorm
 from motionloom.nn.rope import SPACE, TIME, Rotary, rotary, rotate
 from motionloom.plans.lower import lower
-from motionloom.plans.past import facts, join_facts, past_facts, places
+from motionloom.plans.past import facts, held_words, join_facts, past_facts, places
 from motionloom.plans.stream import Stream, Streams
 from motionloom.plans.visibility import Visibility
 
@@ -163,7 +163,9 @@ class Joint(nn.Module):
     def _chunk(self, video: Stream, text: Stream, visibility: Visibility, cache: KVCache) -> Tensor:
         """:meth:`forward` for the chunk that is the cache's present one."""
         batch = max(video.x_BNC.shape[0], text.x_BNC.shape[0], video.sigma_BK.shape[0])
-        if "text" not in cache:
+        if "text" in cache:
+            held_words(cache, text)
+        else:
             self._hold_words(text, batch, visibility, cache)
         before, here = places(video, cache)
 

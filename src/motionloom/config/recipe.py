@@ -174,6 +174,9 @@ class PlanConfig(Section):
     expand_probability: Fraction = Field(
         default=0.5, description="scenes: how often all but the last are given."
     )
+    visibility: Literal["mask2dit", "summary", "full"] = Field(
+        default="mask2dit", description="scenes: what they see of each other."
+    )
     frames: Positive = Field(default=3, description="chunks: latent frames of a chunk.")
     first_alone: bool = Field(default=False, description="chunks: chunk 0 is one frame.")
     window: Positive | None = Field(

@@ -22,6 +22,7 @@ from motionloom.plans.visibility import (
     full,
     same_scene,
     same_scene_or_both_video,
+    scene_summaries,
     spatial_window,
 )
 
@@ -56,6 +57,7 @@ __all__ = [
     "read_video",
     "same_scene",
     "same_scene_or_both_video",
+    "scene_summaries",
     "spatial_window",
     "to_streams",
     "to_streams_at",

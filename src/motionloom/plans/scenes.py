@@ -10,20 +10,31 @@ Shapes: S scenes; the rest in ``layout.py``. Scenes may have any lengths; ``Geom
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from motionloom.plans.layout import Geometry, Layout, Text
 from motionloom.plans.text_to_video import clip_layout
-from motionloom.plans.visibility import same_scene_or_both_video
+from motionloom.plans.visibility import Visibility, full, same_scene_or_both_video, scene_summaries
+
+VISIBILITIES: dict[str, Visibility] = {
+    "mask2dit": same_scene_or_both_video,
+    "summary": scene_summaries,
+    "full": full,
+}
+"""``mask2dit``: all video sees all video, and each caption its own scene. ``summary``: of other scenes only
+the first frame is seen, which leaves a quarter of the work at six scenes. ``full``: no rule at all."""
 
 
 @dataclass(frozen=True)
 class Scenes:
-    """``expand_probability``: how often in training all scenes but the last are given."""
+    """``expand_probability``: how often in training all scenes but the last are given. ``visibility``: how
+    scenes see each other, one of :data:`VISIBILITIES`."""
 
     expand_probability: float = 0.5
+    visibility: Literal["mask2dit", "summary", "full"] = "mask2dit"
     knows_given = True
 
     def draw_given(self, geometry: Geometry, generator: torch.Generator) -> Tensor:
@@ -37,7 +48,7 @@ class Scenes:
         return [slice(0, geometry.grid[0])]
 
     def layout(self, geometry: Geometry, text: Text, given_BF: Tensor) -> Layout:
-        layout = clip_layout(geometry, text, given_BF, same_scene_or_both_video)
+        layout = clip_layout(geometry, text, given_BF, VISIBILITIES[self.visibility])
         return replace(layout, text_level_BL=self._text_levels(geometry, text, given_BF))
 
     @staticmethod
