@@ -211,6 +211,15 @@ def test_a_run_is_resumed_and_previews_are_made(workshop: dict[str, Answer]) -> 
     assert len(json.loads(Path("runs/mine/provenance.json").read_text())) == 2
 
 
+def test_generate_says_what_a_size_beyond_the_trained_one_means(workshop: dict[str, Answer]) -> None:
+    small = call("generate", "runs/mine", "--prompt", "red", "--steps", "1", "--out", "as_trained")
+    large = call("generate", "runs/mine", "--prompt", "red", "--steps", "1", "--size", "64", "--out", "large")
+    assert (small.code, large.code) == (0, 0)
+    assert "tokens a clip" not in small.err
+    assert "tokens a clip; this model was trained at 32x32x" in large.err
+    assert "more than 4 times" in large.err
+
+
 def test_generate_writes_a_file_for_every_prompt_and_a_sheet(workshop: dict[str, Answer]) -> None:
     value = workshop["generate"].value
     assert value["clips"] == ["clips/000_a_small_red_star_moves_up.mp4"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from motionloom.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from motionloom.generate import Model
+    from motionloom.generate import ClipRequest, Model
 
 SOLVERS = ("euler", "heun", "dpmpp_2m", "ddim")
 FORMATS = ("mp4", "webm", "webp", "gif", "png")
@@ -85,6 +86,8 @@ def run(
         first_frames=_first_frames(model, wish, height, width),
         seed=wish.seed,
     )
+    if line := _larger_than_trained(model, request):
+        console.note(line)
     with console.progress("solver steps, all clips") as advance:
         clips = [clip.numpy() for clip in generate_clips(model, request, sampling, progress=advance)]
     files = [out / f"{i:03d}_{slug(prompt)}.{wish.format}" for i, prompt in enumerate(wish.prompts)]
@@ -94,6 +97,21 @@ def run(
     console.result(
         {"clips": [str(file) for file in files], "sheet": str(sheet), "seed": wish.seed},
         [*map(str, files), str(sheet)],
+    )
+
+
+def _larger_than_trained(model: Model, request: ClipRequest) -> str:
+    """What a size beyond the trained one means, for whoever did not mean it; empty if it is none."""
+    usual_frames, usual_height, usual_width = usual = model.clip_shape
+    frames = request.frames or usual_frames
+    size = frames, request.height or usual_height, request.width or usual_width
+    tokens, trained = (math.prod(model.latent_grid(*s)) // math.prod(model.patch) for s in (size, usual))
+    if tokens <= trained:
+        return ""
+    return (
+        f"{size[2]}x{size[1]}x{size[0]} is {tokens:,} tokens a clip; this model was trained at "
+        f"{usual_width}x{usual_height}x{usual_frames}, {trained:,} tokens: it takes longer by more than "
+        f"{tokens / trained:.0f} times, and may look worse"
     )
 
 

@@ -2,7 +2,7 @@
 
 from motionloom.parallel.gradients import Gradients, clip_, grad_norm
 from motionloom.parallel.ranks import Ranks, start_ranks
-from motionloom.parallel.shard import parallelize, why_not_compile
+from motionloom.parallel.shard import is_compiled, parallelize, why_not_compile
 from motionloom.parallel.state import (
     fill,
     load_optimizer_state,
@@ -19,6 +19,7 @@ __all__ = [
     "clip_",
     "fill",
     "grad_norm",
+    "is_compiled",
     "load_optimizer_state",
     "load_weights",
     "local",

@@ -77,6 +77,11 @@ def parallelize(
     return loaded
 
 
+def is_compiled(module: nn.Module) -> bool:
+    """Whether :func:`parallelize` had any block of ``module`` compiled."""
+    return any(block._compiled_call_impl is not None for block in module.modules())
+
+
 def _blocks(module: nn.Module) -> list[nn.Module]:
     blocks = getattr(module, "blocks", None)
     if isinstance(blocks, nn.ModuleList):

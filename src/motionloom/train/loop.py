@@ -18,7 +18,7 @@ from motionloom.config.recipe import Recipe
 from motionloom.data.batch import Batch
 from motionloom.errors import UserError
 from motionloom.nn.attention import CHOICES
-from motionloom.parallel import Ranks
+from motionloom.parallel import Ranks, is_compiled
 from motionloom.train import checkpoint
 from motionloom.train.checkpoint import Saveable
 from motionloom.train.clock import Clock
@@ -148,11 +148,14 @@ class Trainer:
 
     def _warm_up(self) -> None:
         """Compile for every shape before the first step; the time counts as a pause."""
-        if not self._config.compile or self.state.step >= self._config.max_steps:
+        compiled = any(map(is_compiled, self._method.modules().values()))
+        if not compiled or self.state.step >= self._config.max_steps:
             return
         self._train_mode(True)
         device = self._ranks.device
         examples = {name: batch.to(device) for name, batch in self._loader.examples().items()}
+        shapes = "1 shape" if len(examples) == 1 else f"{len(examples)} shapes"
+        self._reporter.note(f"compiling for {shapes} before the first step")
         with self._clock.pause():
             if line := warm_up(self._stepper, self.state.step, examples):
                 self._reporter.note(line)

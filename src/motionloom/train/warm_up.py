@@ -41,6 +41,4 @@ def warm_up(stepper: Stepper, step: int, examples: Mapping[str, Batch]) -> str:
     if not graphs:
         return ""
     total = time.perf_counter() - began
-    return (
-        f"warm-up: {graphs} graphs compiled for {len(examples)} shapes, {total:.1f} s ({', '.join(seconds)})"
-    )
+    return f"compiled {graphs} graphs in {total:.1f} s ({', '.join(seconds)})"
