@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ from torch import Tensor, nn
 from motionloom.backbones.families import CONFIG_NOTE, FAMILIES
 from motionloom.backbones.weights import open_weights
 from motionloom.cli.assemble import load_model
+from motionloom.errors import UserError
 from motionloom.train import checkpoint
 from published import TINY, reference, save_diffusers, save_original, tensors
 from test_cli import call
@@ -293,7 +296,7 @@ MISTAKES = [
     (["tokenizer.latent_d=20"], "latents have 20 channels, but wan (models/wan) takes 16"),
     (["text_encoder.dim=31"], "text embeddings have 31 channels, but wan (models/wan) takes 32"),
     (["model.preset=wan2.1-14b"], "did you mean wan2.1-"),
-    (["model.name_or_path=models/none"], "models/none: no such file or folder of weights"),
+    (["model.name_or_path=models/none"], "models/none: no such file or folder"),
     (["model.name_or_path=models/ltx2"], "holds weights of ltx2, not of wan: use type ltx2"),
     (["model.name_or_path="], "model.type wan has no sizes yet: set model.preset"),
     (["model.dim=512"], "model.dim cannot be chosen for model.type wan"),
@@ -331,3 +334,56 @@ def test_the_guide_names_every_preset_with_what_goes_with_it():
                 network: Any = family.on_meta(sizes)
                 expected[name, preset] = (list(network.patch), network.latent_channels, network.text_dim)
     assert found == expected
+
+
+# ---- what a new user meets
+
+
+def test_a_pickle_is_named_as_it_was_given_and_taken_from_its_folder(tmp_path):
+    save_diffusers("wan", tmp_path / "a b")
+    file = next((tmp_path / "a b").glob("*.safetensors"))
+    torch.save(load_file(file), pickle := file.with_suffix(".bin"))
+    file.unlink()
+    with pytest.raises(UserError) as caught:
+        open_weights(tmp_path / "a b")
+    command = shlex.split(re.findall("`motionloom (.*)`", str(caught.value))[0])
+    assert command == ["convert", str(pickle), "FOLDER"]
+    converted(*command[1:2], str(tmp_path / "d"))
+    converted(str(tmp_path / "a b"), str(tmp_path / "e"))
+    for out in ("d", "e"):
+        same(dict(opened("wan", tmp_path / out).state_dict()), tensors("wan"))
+
+
+def test_a_pipeline_needs_no_index_and_a_second_network_is_noted(tmp_path):
+    for name in ("transformer", "transformer_2"):
+        save_diffusers("wan", tmp_path / "p" / name)
+    answer = call("convert", str(tmp_path / "p"), str(tmp_path / "x"), "--json")
+    assert answer.code == 0, answer.err
+    assert f"convert {tmp_path / 'p' / 'transformer_2'} as well" in answer.err
+    same(read(tmp_path / "x"), tensors("wan"))
+
+
+def test_merge_writes_the_file_that_is_named(tmp_path):
+    save_diffusers("wan", tmp_path / "wan")
+    layer, weights = "blocks.0.attn1.to_q", tensors("wan")
+    out, inside = weights[f"{layer}.weight"].shape
+    adapter = {f"{layer}.lora_A.weight": torch.ones(2, inside), f"{layer}.lora_B.weight": torch.ones(out, 2)}
+    save_file(adapter, tmp_path / "l.safetensors")
+    words = ("lora", "merge", str(tmp_path / "wan"), str(tmp_path / "m.safetensors"))
+    answer = call(*words, "--lora", str(tmp_path / "l.safetensors"), "--json")
+    assert answer.value["file"] == str(tmp_path / "m.safetensors")
+    weights[f"{layer}.weight"] = weights[f"{layer}.weight"] + 2
+    same(load_file(tmp_path / "m.safetensors"), weights)
+    assert converted(str(tmp_path / "m.safetensors"), str(tmp_path / "again"))["family"] == "wan"
+
+
+def test_options_are_named_where_they_are_wrong(tmp_path):
+    save_diffusers("wan", tmp_path / "wan")
+    words = ("convert", str(tmp_path / "wan"), str(tmp_path / "x"))
+    assert "use --family wan" in told(*words, "--family", "ltx2")
+    assert "--preset tinyy is not one of wan: did you mean tiny" in told(
+        *words, "--family", "wan", "--preset", "tinyy"
+    )
+    assert "near are tiny (" in told(*words, "--preset", "tinyy")
+    assert "which the preset is of: wan" in told(*words, "--preset", "tiny")
+    assert ".ckpt is not written" in told(*words[:2], str(tmp_path / "x.ckpt"))

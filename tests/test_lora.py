@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -407,7 +410,7 @@ def test_a_resume_on_another_base_is_refused(tmp_path: Path) -> None:
     assert one == again
     toy_trainer(recipe, tmp_path, base=one).fit()
     longer = toy_recipe(**LORA, max_steps=4)
-    with pytest.raises(UserError, match=r"base was '.*', is '.*'\. Start it as it was"):
+    with pytest.raises(UserError, match=r"base was lora\.base toy \(sha256 .*\), is .*\. Start it as it was"):
         toy_trainer(longer, tmp_path, base=other).fit(resume=True)
     assert toy_trainer(longer, tmp_path, base=one).fit(resume=True).step == 4
 
@@ -548,3 +551,110 @@ def test_inspection_counts_what_is_trained(own: Path) -> None:
     answer = call("inspect", str(own / "style"), "--json").value
     assert answer["parameters"]["trained"] == 2 * (3 * (16 + 48) + 2 * 3 * (16 + 64))
     assert answer["memory_gib"]["gradients"] < answer["memory_gib"]["weights"] / 2
+
+
+def train_words(own: Path, *changes: str) -> list[str]:
+    return [
+        *("train", "quickstart", "--cache", str(own / "cache"), *OWN, f"output_dir={own}"),
+        *(*ADAPTERS, f"lora.base={own / 'base'}", *changes),
+    ]
+
+
+def told(*arguments: str) -> str:
+    answer = call(*arguments)
+    assert answer.code == 2, answer.out
+    assert "Traceback" not in answer.err
+    return answer.err
+
+
+def test_muon_trains_adapters_inside_blocks_and_resumes(own: Path) -> None:
+    words = train_words(own, "experiment_name=muon", "train.optimizer=muon")
+    ok(*words)
+    assert call(*words, "train.max_steps=4", "--resume").code == 0
+    names = {name.rpartition("/")[2] for name in checkpoint.load(own / "muon").tensors("optimizer")}
+    assert names == {"momentum_buffer"}
+
+
+def test_a_run_finds_its_base_from_every_folder(
+    own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(own)
+    words = train_words(own, "experiment_name=near")
+    ok(*words, "lora.base=base")
+    answer = call(*words, "lora.base=./base", "train.max_steps=4", "--resume")
+    assert answer.code == 0, answer.err
+    assert "lora.base" not in answer.err
+    monkeypatch.chdir(tmp_path)
+    assert picture(tmp_path / "1", own / "near")
+    (own / "base").rename(own / "away")
+    try:
+        said = told("generate", str(own / "near"), "--out", "x", "--prompt", "wave")
+    finally:
+        (own / "away").rename(own / "base")
+    assert f"{own / 'near'}" in said
+    assert f"needs their base, lora.base {own / 'base'}" in said
+
+
+def test_a_refused_start_reads_no_base(own: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read(*_: object) -> None:
+        raise AssertionError("the base was read")
+
+    monkeypatch.setattr("motionloom.cli.adapters.fingerprint", read)
+    words = train_words(own, "experiment_name=style")
+    assert "already holds a run" in told(*words)
+    assert "seed was 42, is 5" in told(*words, "--resume", "seed=5")
+    assert "data was" in told(*words, "--resume", "train.heldout_fraction=0.2")
+
+
+def test_files_are_not_overwritten_and_readable_by_others(own: Path, tmp_path: Path) -> None:
+    file = tmp_path / "style.safetensors"
+    ok("lora", "export", str(own / "style"), str(file))
+    assert "is there already and is not overwritten" in told("lora", "export", str(own / "style"), str(file))
+    plain = tmp_path / "plain"
+    plain.touch()
+    saved = checkpoint.load(own / "style").folder
+    for written in (file, *saved.glob("*.safetensors")):
+        assert written.stat().st_mode == plain.stat().st_mode, written
+    with safe_open(file, "pt") as opened:
+        assert opened.metadata()["base"] == "/".join((own / "base").parts[-2:])
+
+
+def test_what_export_and_merge_do_not_take_is_said_as_it_is(own: Path, tmp_path: Path) -> None:
+    file = tmp_path / "style.safetensors"
+    said = told("lora", "export", str(own / "base"), str(file))
+    assert "holds no LoRA" in said
+    assert "convert" not in said
+    ok("lora", "export", str(own / "style"), str(file))
+    merge = ("lora", "merge", str(own / "style"), str(tmp_path / "out"), "--lora", str(file))
+    assert f"is a run, which merge does not take: name its base, {own / 'base'}" in told(*merge)
+    assert "a joint is not known to diffusers" in told(*merge[:2], str(own / "base"), *merge[3:])
+    assert ".ckpt is not written" in told(*merge[:3], str(tmp_path / "x.ckpt"), *merge[4:])
+
+
+def test_a_doubtful_file_is_noted(own: Path, tmp_path: Path) -> None:
+    file, other = tmp_path / "style.safetensors", tmp_path / "other.safetensors"
+    ok("lora", "export", str(own / "style"), str(file), "--dtype", "bf16")
+    with safe_open(file, "pt") as opened:
+        save_file(load_file(file), other, metadata={**opened.metadata(), "base_sha256": "0" * 64})
+
+    def said(run: str, path: Path) -> str:
+        words = ("--out", str(tmp_path / run), "--prompt", "wave", "--steps", "1", "--lora", str(path))
+        answer = call("generate", str(own / run), *words)
+        assert answer.code == 0, answer.err
+        return answer.err
+
+    assert "they now count twice" in said("style", file)
+    assert "was trained on other weights than" in said("base", other)
+    fine = said("base", file)
+    assert "twice" not in fine
+    assert "other weights" not in fine
+
+
+def test_a_pickled_lora_is_refused_with_a_command_that_works(tmp_path: Path) -> None:
+    file = tmp_path / "x y.pt"
+    torch.save({"a.lora_A.weight": torch.ones(2, 4), "a.lora_B.weight": torch.ones(6, 2)}, file)
+    with pytest.raises(UserError, match="is a pickle and is not opened") as caught:
+        read_lora(file, ["a"])
+    command = shlex.split(re.findall("`(.*)`", str(caught.value))[0])
+    subprocess.run([sys.executable, *command[1:]], check=True)
+    assert read_lora(tmp_path / "x y.safetensors", ["a"]).keys() == {"a"}

@@ -131,3 +131,28 @@ def test_a_resume_is_exact() -> None:
 def test_a_model_without_blocks_is_refused() -> None:
     with pytest.raises(UserError, match="muon finds no trainable block matrices"):
         muon({"net": nn.Linear(3, 3)}, LR, BETAS, 0.0)
+
+
+class CallableBlocks(nn.ModuleList):
+    """As Wan has them: named ``blocks``, and called."""
+
+    def __call__(self) -> list[nn.Module]:
+        return list(self)
+
+
+def test_nothing_may_be_left_for_adamw() -> None:
+    """Adapters inside blocks are matrices alone. Blocks may be a list of modules as well as a method."""
+    net = nn.Module()
+    net.blocks = CallableBlocks(nn.Linear(4, 8, bias=False) for _ in "ab")
+    for name, p in net.named_parameters():
+        nn.init.normal_(p, generator=torch_generator(name))
+    before = copy.deepcopy(net.state_dict())
+    optimizer = muon({"net": net}, LR, BETAS, 0.0)
+    for p in net.parameters():
+        p.grad = torch.randn(p.shape, generator=torch_generator("grad", len(p)))
+    optimizer.step()
+    assert all(not torch.equal(p, before[name]) for name, p in net.named_parameters())
+    names = {p: n for n, p in net.named_parameters()}
+    saved = {name: value.clone() for name, value in named_optimizer_state(optimizer, names).items()}
+    load_optimizer_state(muon({"net": net}, LR, BETAS, 0.0), names, saved, "test")
+    assert len(saved) == 2

@@ -212,7 +212,8 @@ def test_what_is_no_weights_is_said_so(tmp_path):
     (tmp_path / "empty").mkdir()
     assert "holds no .safetensors file" in refusal(lambda: open_weights(tmp_path / "empty"))
     (tmp_path / "empty" / "model.bin").write_bytes(b"x")
-    assert "`motionloom convert model.bin FOLDER`" in refusal(lambda: open_weights(tmp_path / "empty"))
+    named = tmp_path / "empty" / "model.bin"
+    assert f"`motionloom convert {named} FOLDER`" in refusal(lambda: open_weights(tmp_path / "empty"))
     for name in ("a.pt", "a.pth", "a.ckpt", "disguised.safetensors"):
         torch.save({"x": torch.ones(1)}, tmp_path / name)
         assert "is a pickle and is not opened" in refusal(lambda name=name: open_weights(tmp_path / name))

@@ -85,13 +85,13 @@ class Family:
         sizes: Sizes = kind.from_diffusers(*given)
         return sizes
 
-    def preset(self, name: str) -> Sizes:
+    def preset(self, name: str, key: str = "model.preset") -> Sizes:
         """Published sizes. Raises UserError naming the nearest when there is no such name."""
         if name not in self.presets:
             close = get_close_matches(name, self.presets, 1, cutoff=0.4)
             meant = f"did you mean {close[0]}? " if close else ""
             raise UserError(
-                f"model.preset {name} is not one of {self.name}: {meant}There are {', '.join(self.presets)}"
+                f"{key} {name} is not one of {self.name}: {meant}There are {', '.join(self.presets)}"
             )
         sizes: Sizes = self.presets[name]
         return sizes
@@ -153,7 +153,9 @@ class Recognised:
     """Tensors of the file that are no part of the network: other models, tables that can be computed."""
 
 
-def recognise(weights: Weights, family: str = "", preset: str = "") -> Recognised:
+def recognise(
+    weights: Weights, family: str = "", preset: str = "", keys: tuple[str, str] = ("type", "model.preset")
+) -> Recognised:
     """What family and layout weights are of, told by their names, and their sizes.
 
     The sizes come from ``preset`` if it is given, else from the ``config.json`` beside the weights or the
@@ -162,15 +164,16 @@ def recognise(weights: Weights, family: str = "", preset: str = "") -> Recognise
 
     Args:
         family: name of the family that it must be; empty: any.
+        keys: what the user sets family and preset by, for messages.
 
     Raises:
         UserError: of no known family or not of ``family``; the sizes cannot be told, or are others.
     """
-    found, layout = _family(weights, family)
+    found, layout = _family(weights, family, keys[0])
     named, left_out = _as_diffusers(weights, found, layout)
-    sizes = found.preset(preset) if preset else _described(weights, found) or _fitting(named, found)
+    sizes = found.preset(preset, keys[1]) if preset else _described(weights, found) or _fitting(named, found)
     if problem := mismatch(found.shapes(sizes), named):
-        source = f"model.preset {preset}" if preset else "its config.json"
+        source = f"{keys[1]} {preset}" if preset else "its config.json"
         raise UserError(f"{weights.where} is not what {source} says: {problem}")
     return Recognised(found, layout, named, sizes, left_out)
 
@@ -211,7 +214,7 @@ def as_original(weights: Weights, family: Family) -> Weights:
     return weights.under_names(family.original_keys.to_original(weights))
 
 
-def _family(weights: Weights, wanted: str) -> tuple[Family, str]:
+def _family(weights: Weights, wanted: str, key: str) -> tuple[Family, str]:
     found = None
     for family in FAMILIES.values():
         if all(mark in weights for mark in family.marks):
@@ -226,7 +229,7 @@ def _family(weights: Weights, wanted: str) -> tuple[Family, str]:
         )
     if wanted and found[0].name != wanted:
         raise UserError(
-            f"{weights.where} holds weights of {found[0].name}, not of {wanted}: use type {found[0].name}"
+            f"{weights.where} holds weights of {found[0].name}, not of {wanted}: use {key} {found[0].name}"
         )
     return found
 

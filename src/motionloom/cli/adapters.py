@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +65,23 @@ def same_tokenizer(base: Checkpoint | None, tokenizer: Tokenizer) -> None:
         f"the cache was made with another tokenizer than lora.base knows: make it again with "
         f"tokenizer.name_or_path={base.folder / 'tokenizer'}"
     )
+
+
+def with_whole_paths(recipe: Recipe) -> Recipe:
+    """The recipe with paths to its base that mean the same from every folder: a LoRA's checkpoints need
+    it."""
+    model, lora = recipe.model, recipe.lora
+    return recipe.model_copy(
+        update={
+            "model": model.model_copy(update={"name_or_path": _whole_path(model.name_or_path)}),
+            "lora": lora.model_copy(update={"base": _whole_path(lora.base)}),
+        }
+    )
+
+
+def _whole_path(path: str) -> str:
+    # Links stay: a hub's cache keeps the names of its files in them.
+    return os.path.abspath(Path(path).expanduser()) if path else ""
 
 
 _FREE = {"checkpoint_blocks", "dropout"}

@@ -14,7 +14,7 @@ from motionloom.backbones import FAMILIES, BackboneModule, backbone_sizes, build
 from motionloom.backbones.families import Sizes, SizesNote, recognise
 from motionloom.backbones.prediction import Predictor
 from motionloom.backbones.weights import Weights, load_into, open_weights
-from motionloom.cli.adapters import Adapted, adapt, adapted_checkpoint, same_tokenizer
+from motionloom.cli.adapters import Adapted, adapt, adapted_checkpoint, same_tokenizer, with_whole_paths
 from motionloom.config import Recipe, load_recipe, packaged_recipes
 from motionloom.data.cache import Cache
 from motionloom.data.loader import Loader
@@ -34,6 +34,7 @@ from motionloom.train.checkpoint import Checkpoint, Saveable
 from motionloom.train.loop import OnSample, Trainer
 from motionloom.train.lora import cast_blocks, measure_lengths
 from motionloom.train.report import Reporter
+from motionloom.train.state import base_of
 from motionloom.train.tensors import Renamed, TensorFile
 
 LARGE = 500_000_000
@@ -208,6 +209,7 @@ class Parts:
 
 def assemble(recipe: Recipe, cache: Cache, ranks: Ranks) -> Parts:
     """Everything that training needs. Raises UserError if the cache is not the recipe's."""
+    recipe = with_whole_paths(recipe)
     loader = Loader(cache, recipe, ranks.rank, ranks.world)
     heldout = Loader(cache, recipe, ranks.rank, ranks.world, split="heldout")
     text_encoder = training_text(recipe, cache)
@@ -339,7 +341,15 @@ class Movable(Protocol):
         ...
 
 
-def open_model(what: str | Path, *, raw: bool = False, device: str = "auto") -> Model:
+@dataclass(frozen=True)
+class Opened(Model):
+    """A model that was opened to generate with."""
+
+    weights: Weights | None = None
+    """What its backbone was read from, without adapters."""
+
+
+def open_model(what: str | Path, *, raw: bool = False, device: str = "auto") -> Opened:
     """A model to generate with: a run, a checkpoint, or a recipe that names published weights.
 
     Raises:
@@ -350,7 +360,7 @@ def open_model(what: str | Path, *, raw: bool = False, device: str = "auto") -> 
     return load_model(what, raw=raw, device=device)
 
 
-def published_model(recipe: Recipe, name: str, device: str = "auto") -> Model:
+def published_model(recipe: Recipe, name: str, device: str = "auto") -> Opened:
     """The model that a recipe's ``name_or_path`` keys name, not trained by us.
 
     Blocks are held in the dtype that they compute in: bf16 takes half the memory and gives the same clips.
@@ -376,7 +386,8 @@ def published_model(recipe: Recipe, name: str, device: str = "auto") -> Model:
     load_weights(backbone, start.weights, Ranks(device=place))
     backbone.eval().requires_grad_(False)
     _move(place, tokenizer, text_encoder)
-    return Model(recipe, tokenizer, text_encoder, _predictor(recipe, backbone), build_plan(recipe), place)
+    predictor, plan = _predictor(recipe, backbone), build_plan(recipe)
+    return Opened(recipe, tokenizer, text_encoder, predictor, plan, place, start.weights)
 
 
 def _held_in(recipe: Recipe) -> torch.dtype | None:
@@ -392,7 +403,7 @@ def _move(place: torch.device, *parts: object) -> None:
 
 def load_model(
     path: str | Path, *, raw: bool = False, device: str = "auto", shapes_only: bool = False
-) -> Model:
+) -> Opened:
     """A model from a checkpoint or run folder, with averaged weights unless ``raw`` or none were kept.
 
     Args:
@@ -411,8 +422,9 @@ def load_model(
         recipe.model, tokenizer.spec.channels, text_encoder.dim, sizes=sizes, device="meta"
     )
     trained: dict[str, nn.Module] = {"backbone": backbone, **_trained(text_encoder)}
+    weights = None
     if recipe.lora.enabled:
-        _add_adapters(saved, recipe, trained, place, shapes_only)
+        weights = _add_adapters(saved, recipe, trained, place, shapes_only)
     elif not shapes_only:
         backbone.to_empty(device=place)
     if not shapes_only:
@@ -421,22 +433,32 @@ def load_model(
     for module in (backbone, text_encoder):
         if isinstance(module, nn.Module):
             module.to("meta" if shapes_only else place).eval().requires_grad_(False)
-    return Model(recipe, tokenizer, text_encoder, _predictor(recipe, backbone), build_plan(recipe), place)
+    weights = weights or checkpoint_weights(saved, ema=not raw)
+    predictor, plan = _predictor(recipe, backbone), build_plan(recipe)
+    return Opened(recipe, tokenizer, text_encoder, predictor, plan, place, weights)
 
 
 def _add_adapters(
     saved: Checkpoint, recipe: Recipe, modules: dict[str, nn.Module], place: torch.device, shapes_only: bool
-) -> None:
-    """The base's weights again, and adapters that are yet to be filled. Refuses another base."""
-    weights = backbone_start(recipe).weights
+) -> Weights:
+    """The base's weights again, and adapters that are yet to be filled. Refuses another base; returns it."""
+    try:
+        weights = backbone_start(recipe).weights
+    except UserError as error:
+        raise UserError(
+            f"{saved.folder} holds adapters alone and needs their base, {base_of(recipe)}: {error}. Put it "
+            "back there, or write them to a file (motionloom lora export) and give that with --lora to the "
+            "base where it is now"
+        ) from None
     assert weights is not None, "a LoRA recipe names a base"
     adapted = adapt(modules["backbone"], recipe, weights, Ranks(), _held_in(recipe))
     if adapted.base != saved.state["identity"]["base"]:
         raise UserError(
-            f"{weights.where} is not the base that {saved.folder} was trained on (its weights changed): put "
-            "the former weights back"
+            f"{weights.where} ({base_of(recipe).split()[0]}) is not the base that {saved.folder} was trained "
+            "on (its weights changed): put the former weights back"
         )
     if recipe.lora.base and "text_encoder" in modules:
         modules["text_encoder"].requires_grad_(False)
     if not shapes_only:
         load_weights(modules["backbone"], adapted.weights, Ranks(device=place), besides=adapted.besides)
+    return weights

@@ -53,8 +53,13 @@ def run(source: Path, target: Path, wish: Wish, as_json: bool) -> None:
 
     console = Out(as_json)
     _check(wish)
+    check_target(target)
     shard_bytes = parse_bytes(wish.shard_size)
     found = _open(source, wish)
+    if (source / "transformer_2").is_dir() and not any(source.glob("*.safetensors")):
+        console.note(
+            f"{source} holds two networks: this is transformer; convert {source / 'transformer_2'} as well"
+        )
     if found.left_out:
         console.note(f"{found.left_out} tensors of {source} are no part of the network and are left out")
     sink = Sink.of(_laid_out(found, wish.to), _dtype(wish.dtype))
@@ -96,25 +101,52 @@ def _check(wish: Wish) -> None:
         if value not in possible:
             raise UserError(f"{option} {value}: choose one of {', '.join(possible)}")
     if wish.preset and not wish.family:
-        raise UserError(f"--preset {wish.preset}: say --family as well, which the preset is of")
+        raise UserError(f"--preset {wish.preset}: {_whose(wish.preset)}")
+
+
+def _whose(preset: str) -> str:
+    """What to do about a preset without a family."""
+    from difflib import get_close_matches
+
+    from motionloom.backbones.families import FAMILIES
+
+    homes: dict[str, list[str]] = {}
+    for family in FAMILIES.values():
+        for name in family.presets:
+            homes.setdefault(name, []).append(family.name)
+    if preset in homes:
+        return f"say --family as well, which the preset is of: {' or '.join(homes[preset])}"
+    near = [
+        f"{name} ({' or '.join(homes[name])})" for name in get_close_matches(preset, homes, 3, cutoff=0.4)
+    ]
+    return f"no family has such a preset; near are {', '.join(near or homes)}"
+
+
+def check_target(target: Path) -> None:
+    """Raises UserError for a file of a kind that is not written, which would become a folder's name."""
+    from motionloom.backbones.weights import PICKLES
+
+    if target.suffix.lower() in PICKLES:
+        raise UserError(f"{target}: {target.suffix} is not written: name a folder, or a .safetensors file")
 
 
 def _open(path: Path, wish: Wish) -> Source:
     from motionloom.backbones.families import recognise
-    from motionloom.backbones.weights import PICKLES, open_weights
+    from motionloom.backbones.weights import is_pickle, only_pickle, open_weights
     from motionloom.cli.assemble import is_checkpoint
 
     if is_checkpoint(path):
         return _checkpoint(path, wish)
     if wish.raw:
         raise UserError(f"--raw: {path} is no checkpoint of motionloom, so none are averaged: leave it out")
-    if path.is_file() and path.suffix.lower() in PICKLES:
+    pickle = only_pickle(path) if path.is_dir() else path
+    if pickle is not None and pickle.is_file() and is_pickle(pickle):
         from motionloom.backbones.weights.pickles import open_pickle
 
-        opened = open_pickle(path)
+        opened = open_pickle(pickle)
     else:
         opened = open_weights(path)
-    found = recognise(opened, wish.family, wish.preset)
+    found = recognise(opened, wish.family, wish.preset, ("--family", "--preset"))
     return Source(found.layout, found.family, found.sizes, found.weights, found.left_out)
 
 

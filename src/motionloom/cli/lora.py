@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,10 +12,10 @@ from motionloom.cli.console import Out
 from motionloom.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from motionloom.backbones.keys import KeyMap
-    from motionloom.generate import Model
+    from motionloom.cli.assemble import Opened
     from motionloom.train.lora import Adapter
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -34,15 +35,17 @@ def export(run: Path, out: Path, layout: str, dtype: str, raw: bool, as_json: bo
         raise UserError(f"--dtype {dtype}: choose one of {', '.join(DTYPES)}")
     if out.suffix != ".safetensors":
         raise UserError(f"{out}: name a file that ends in .safetensors")
+    if out.exists():
+        raise UserError(f"{out} is there already and is not overwritten: name another, or move it away")
     saved = checkpoint.load(run)
     recipe = load_recipe(saved.folder / "recipe.yaml")
     if not recipe.lora.enabled:
-        raise UserError(
-            f"{saved.folder} holds no LoRA: its run trained every weight; write those with motionloom convert"
-        )
+        way = "write those with motionloom convert" if recipe.model.imported else "use it by its folder"
+        raise UserError(f"{saved.folder} holds no LoRA: its run trained every weight; {way}")
     adapters = checkpoint_adapters(saved.weights(ema=not raw), recipe.lora.alpha)
     notes = {
-        "base": recipe.lora.base or recipe.model.name_or_path,
+        # Its own name and its folder's: what is above them is nobody else's business.
+        "base": "/".join(Path(recipe.lora.base or recipe.model.name_or_path).parts[-2:]),
         "base_sha256": saved.state["identity"]["base"],
         "rank": str(recipe.lora.rank),
         "alpha": str(recipe.lora.alpha),
@@ -66,9 +69,12 @@ def export(run: Path, out: Path, layout: str, dtype: str, raw: bool, as_json: bo
 
 def merge(base: Path, out: Path, wishes: Sequence[str], as_json: bool) -> None:
     """Weights with LoRA files in them, as diffusers reads them; one tensor at a time is in memory."""
-    from motionloom.backbones.families import recognise
-    from motionloom.backbones.weights import DIFFUSERS_NAME, Sink, open_weights, write_folder
+    from motionloom.backbones.families import CONFIG_NOTE, recognise
+    from motionloom.backbones.weights import DIFFUSERS_NAME, Sink, open_weights, write_file, write_folder
+    from motionloom.cli.convert import check_target
 
+    check_target(out)
+    _refuse_run(base)
     found = recognise(open_weights(base))
     shapes = {
         name.removesuffix(".weight"): stored.shape
@@ -93,12 +99,40 @@ def merge(base: Path, out: Path, wishes: Sequence[str], as_json: bool) -> None:
     with console.progress("tensors") as advance:
         config = found.sizes.to_diffusers()
         sink = Sink(plain.shapes, plain.dtypes, read)
-        written = write_folder(out, sink, config, name=DIFFUSERS_NAME, progress=advance)
+        if out.suffix == ".safetensors":
+            write_file(out, sink, metadata={CONFIG_NOTE: json.dumps(config)}, progress=advance)
+            written = [out]
+        else:
+            written = write_folder(out, sink, config, name=DIFFUSERS_NAME, progress=advance)
     changed = len({layer for adapters, _ in files for layer in adapters})
     console.result(
-        {"folder": str(out), "files": [file.name for file in written], "layers": changed},
+        {
+            "folder" if out.is_dir() else "file": str(out),
+            "files": [file.name for file in written],
+            "layers": changed,
+        },
         [f"{out}: {len(wishes)} LoRA in {changed} of {len(shapes)} layers of {base}"],
     )
+
+
+def _refuse_run(base: Path) -> None:
+    from motionloom.cli.assemble import is_checkpoint
+    from motionloom.config import load_recipe
+    from motionloom.train import checkpoint
+
+    if not is_checkpoint(base):
+        return
+    recipe = load_recipe(checkpoint.load(base).folder / "recipe.yaml")
+    if recipe.lora.enabled:
+        way = (
+            f"name its base, {recipe.lora.base or recipe.model.name_or_path}, and with --lora the file that "
+            f"`motionloom lora export {base} FILE` writes"
+        )
+    elif recipe.model.imported:
+        way = f"write its weights first with `motionloom convert {base} FOLDER`, and name that folder"
+    else:
+        way = f"a {recipe.model.type} is not known to diffusers: give the files to generate with --lora"
+    raise UserError(f"{base} is a run, which merge does not take: {way}")
 
 
 def read_fitting(path: Path, shapes: Mapping[str, tuple[int, ...]], kind: str) -> dict[str, Adapter]:
@@ -115,9 +149,9 @@ def read_fitting(path: Path, shapes: Mapping[str, tuple[int, ...]], kind: str) -
     return adapters
 
 
-def into_weights(model: Model, wishes: Sequence[str]) -> None:
+def into_weights(model: Opened, wishes: Sequence[str]) -> None:
     """The model's own adapters, if it has any, and those of ``wishes`` (``FILE`` or ``FILE:STRENGTH``) become
-    part of its weights: they then cost nothing.
+    part of its weights: they then cost nothing. Says so where a file seems to be meant for another model.
 
     Raises:
         UserError: as :func:`read_fitting`.
@@ -129,10 +163,30 @@ def into_weights(model: Model, wishes: Sequence[str]) -> None:
     backbone = model.predictor.backbone
     assert isinstance(backbone, nn.Module)
     shapes = layer_shapes(backbone)
-    for n, (path, strength) in enumerate(map(parse_file, wishes)):
-        attach(backbone, read_fitting(path, shapes, model.recipe.model.type), f"file{n}", strength)
+    files = [
+        (path, read_fitting(path, shapes, model.recipe.model.type), strength)
+        for path, strength in map(parse_file, wishes)
+    ]
+    for line in _doubts(model, backbone, {path: adapters for path, adapters, _ in files}):
+        Out(False).note(line)
+    for n, (_, adapters, strength) in enumerate(files):
+        attach(backbone, adapters, f"file{n}", strength)
     merge_into_base(backbone)
     backbone.eval().requires_grad_(False)
+
+
+def _doubts(model: Opened, backbone: nn.Module, files: Mapping[Path, Mapping[str, Adapter]]) -> Iterator[str]:
+    from motionloom.train.lora import fingerprint, lora_layers, same_adapters
+    from motionloom.train.lora_files import recorded_base
+
+    adapted, base = bool(lora_layers(backbone)), ""
+    for path, adapters in files.items():
+        if adapted and same_adapters(backbone, adapters):
+            yield f"{path} holds the adapters of this run, which are in it already: they now count twice"
+        if model.weights is not None and (recorded := recorded_base(path)):
+            base = base or fingerprint(model.weights, model.weights.read)
+            if base != recorded:
+                yield f"{path} was trained on other weights than {model.weights.where}: it may do little here"
 
 
 def parse_file(wish: str) -> tuple[Path, float]:

@@ -10,6 +10,9 @@ from motionloom.errors import UserError
 
 if TYPE_CHECKING:
     from motionloom.cli.assemble import Parts
+    from motionloom.config import Recipe
+    from motionloom.data.cache import Cache
+    from motionloom.parallel import Ranks
 
 
 def run(recipe_name: str, overrides: list[str], cache_path: Path | None, resume: bool, as_json: bool) -> None:
@@ -27,15 +30,18 @@ def run(recipe_name: str, overrides: list[str], cache_path: Path | None, resume:
     run_dir = Path(recipe.output_dir) / recipe.experiment_name
     if resume and checkpoint.latest(run_dir) is None:
         raise UserError(f"--resume: {run_dir} holds no checkpoint; to start that run, leave --resume out")
+    if not resume:
+        checkpoint.refuse_held(run_dir)
     with start_ranks() as ranks:
-        parts = assemble(recipe, open_cache(cache_path or run_dir / "cache"), ranks)
+        cache = open_cache(cache_path or run_dir / "cache")
+        if resume:
+            _refuse_other(run_dir, recipe, cache, ranks)
+        parts = assemble(recipe, cache, ranks)
         if ranks.is_main:
             for note in notes:
                 console.note(note)
             show_start(console, parts)
-            # Never into the folder of another run, which the trainer is about to refuse.
-            if resume or checkpoint.latest(run_dir) is None:
-                write_provenance(run_dir, recipe)
+            write_provenance(run_dir, parts.recipe)
         with TrainingView(console) as view:
             previews = Previews(parts, run_dir) if recipe.train.sample_every_steps else None
             outcome = parts.trainer(run_dir, view, previews).fit(resume)
@@ -53,6 +59,20 @@ def run(recipe_name: str, overrides: list[str], cache_path: Path | None, resume:
             )
     if outcome.reason == "signal":
         raise SystemExit(INTERRUPTED)
+
+
+def _refuse_other(run_dir: Path, recipe: Recipe, cache: Cache, ranks: Ranks) -> None:
+    """What the trainer would refuse as well, but before a large base is read."""
+    from motionloom.data.loader import Loader
+    from motionloom.train import checkpoint
+    from motionloom.train.state import Identity
+
+    newest = checkpoint.latest(run_dir)
+    if newest is None:
+        return
+    before = checkpoint.load(newest, verify=False).state["identity"]
+    data = Loader(cache, recipe, ranks.rank, ranks.world).fingerprint()
+    Identity.of(recipe, ranks.world, data).refuse_unless(before, str(newest), besides=("base",))
 
 
 def show_start(console: Out, parts: Parts) -> None:

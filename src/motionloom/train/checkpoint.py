@@ -26,11 +26,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
-from motionloom.backbones.weights import refuse_pickle
+from motionloom.backbones.weights import Sink, refuse_pickle, write_file
+from motionloom.durable import flush
 from motionloom.errors import UserError
 from motionloom.train.tensors import TensorFile
 
@@ -74,6 +73,15 @@ def latest(run_dir: Path) -> Path | None:
     return next(reversed(checkpoints(run_dir)), None)
 
 
+def refuse_held(run_dir: Path) -> None:
+    """Raises UserError where a run has checkpoints already: a new one must not begin there."""
+    if (newest := latest(run_dir)) is not None:
+        raise UserError(
+            f"{run_dir} already holds a run ({newest.name}): go on with --resume, "
+            "or start another with experiment_name=..."
+        )
+
+
 def clean(run_dir: Path) -> None:
     """Remove what a killed process left half-written. At the start of a run only, before any save."""
     for leftover in (run_dir / "checkpoints").glob(f"*{UNFINISHED}"):
@@ -96,8 +104,8 @@ def save(run_dir: Path, contents: Contents) -> Path:
         unfinished.mkdir(parents=True)
         _write(unfinished, contents)
         os.rename(unfinished, final)
-        _flush(final.parent)
-    except (OSError, SafetensorError, UserError) as error:
+        flush(final.parent)
+    except (OSError, UserError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise UserError(_why_not(final, error)) from error
     return final
@@ -121,29 +129,21 @@ def _write(folder: Path, contents: Contents) -> None:
     (folder / "recipe.yaml").write_text(contents.recipe, encoding="utf-8")
     (folder / "state.json").write_text(json.dumps(contents.state, indent=1) + "\n", encoding="utf-8")
     for name, tensors in contents.tensors.items():
-        save_file(dict(tensors), folder / f"{name}.safetensors", metadata={"format": "pt"})
+        write_file(folder / f"{name}.safetensors", Sink.of_tensors(tensors))
     for name, thing in contents.folders.items():
         (folder / name).mkdir()
         thing.save(folder / name)
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
-        _flush(path)
+        flush(path)
         files[path.relative_to(folder).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
     manifest = folder / MANIFEST
     manifest.write_text(
         json.dumps({"format": FORMAT, "step": contents.step, "files": files}, indent=1) + "\n"
     )
-    _flush(manifest)
+    flush(manifest)
     for directory in (*(p for p in folder.rglob("*") if p.is_dir()), folder):
-        _flush(directory)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        flush(directory)
 
 
 def _sha256(path: Path) -> str:

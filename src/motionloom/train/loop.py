@@ -16,7 +16,6 @@ from typing import Literal
 
 from motionloom.config.recipe import Recipe
 from motionloom.data.batch import Batch
-from motionloom.errors import UserError
 from motionloom.nn.attention import CHOICES
 from motionloom.parallel import Ranks, is_compiled
 from motionloom.train import checkpoint
@@ -98,7 +97,7 @@ class Trainer:
             method,
             self.ema,
             ranks,
-            self._identity(data, base),
+            Identity.of(recipe, ranks.world, data, base),
             folders if folders is not None else {},
         )
         self._saved: Path | None = None
@@ -260,17 +259,8 @@ class Trainer:
 
     def _refuse_or_clean(self, resume: bool) -> None:
         checkpoint.clean(self._run_dir)
-        newest = checkpoint.latest(self._run_dir)
-        if newest is not None and not resume:
-            raise UserError(
-                f"{self._run_dir} already holds a run ({newest.name}): go on with --resume, "
-                "or start another with experiment_name=..."
-            )
-
-    def _identity(self, data: str, base: str) -> Identity:
-        c, world = self._config, self._ranks.world
-        sharding = c.sharding if world > 1 else "none"
-        return Identity(self._recipe.seed, world, c.batch_size, c.grad_accum_steps, sharding, data, base)
+        if not resume:
+            checkpoint.refuse_held(self._run_dir)
 
     def _last_good(self) -> str:
         newest = checkpoint.latest(self._run_dir)

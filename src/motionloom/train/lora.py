@@ -270,6 +270,21 @@ def check_fits(adapters: Mapping[str, Adapter], shapes: Mapping[str, tuple[int, 
             )
 
 
+def same_adapters(module: nn.Module, adapters: Mapping[str, Adapter]) -> bool:
+    """Whether ``adapters`` are those that are trained in ``module``, but for rounding to bfloat16."""
+    own = lora_layers(module)
+    return own.keys() == adapters.keys() and all(
+        _close(layer.lora_A[TRAINED].weight, adapters[name].down_RI)
+        and _close(layer.lora_B[TRAINED].weight, adapters[name].up_OR)
+        for name, layer in own.items()
+    )
+
+
+def _close(own: Tensor, other: Tensor) -> bool:
+    own, other = own.detach().cpu().float(), other.float()
+    return own.shape == other.shape and bool((own - other).norm() <= 0.01 * own.norm())
+
+
 def attach(module: nn.Module, adapters: Mapping[str, Adapter], adapter: str, strength: float = 1.0) -> None:
     """Put finished adapters beside the layers that they name; those that are there stay active.
 

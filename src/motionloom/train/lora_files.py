@@ -14,18 +14,19 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
 import motionloom
 from motionloom.backbones.keys import KeyMap
+from motionloom.backbones.weights import Sink, is_pickle, write_file
 from motionloom.errors import UserError
 from motionloom.train.lora import TRAINED, Adapter
 from motionloom.train.tensors import TensorFile
@@ -71,24 +72,17 @@ def write_lora(
         notes: further texts for the header.
 
     Raises:
-        UserError: the layout does not exist for this family or for DoRA, or the file cannot be written.
+        UserError: the layout does not exist for this family or for DoRA; the file is there already or cannot
+            be written.
     """
-    header = {"format": "pt", "motionloom": motionloom.__version__, **(notes or {})}
+    header = {"motionloom": motionloom.__version__, **(notes or {})}
     if layout == "diffusers":
         tensors = {f"transformer.{name}": t for name, t in _tensors(adapters, lengths=True).items()}
         settings = {f"transformer.{key}": value for key, value in _settings(adapters).items()}
         header[HEADER] = json.dumps(settings, sort_keys=True)
     else:
         tensors = _comfyui(adapters, family, original)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(f"{path.name}.tmp")
-        save_file(
-            {name: t.to(dtype).contiguous() for name, t in tensors.items()}, unfinished, metadata=header
-        )
-        unfinished.replace(path)
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"{path} cannot be written ({error}): choose another place") from None
+    write_file(path, Sink.of_tensors({name: t.to(dtype) for name, t in tensors.items()}), metadata=header)
 
 
 def _tensors(adapters: Mapping[str, Adapter], *, lengths: bool) -> dict[str, Tensor]:
@@ -147,6 +141,11 @@ def read_lora(path: Path, layers: Collection[str], original: KeyMap | None = Non
     Raises:
         UserError: not a LoRA, not whole, or for layers that the model does not have; names the first.
     """
+    if path.is_file() and is_pickle(path):
+        raise UserError(
+            f"{path} is a pickle and is not opened, because loading one can run any code: where it is "
+            f"nothing but tensors, {_rewrite(path)} makes {path.stem}.safetensors of it, without running any"
+        )
     file = TensorFile(path)
     with safe_open(str(path), framework="pt") as opened:
         settings = _own_settings(opened.metadata() or {}, path)
@@ -165,6 +164,21 @@ def read_lora(path: Path, layers: Collection[str], original: KeyMap | None = Non
         alpha = _said_alpha(settings, bare)
         adapters[layer] = _adapter(layer, parts, alpha, str(path))
     return adapters
+
+
+def recorded_base(path: Path) -> str:
+    """Fingerprint of the weights that a file's adapters were trained on; empty: it does not say."""
+    with safe_open(str(path), framework="pt") as opened:
+        return str((opened.metadata() or {}).get("base_sha256", ""))
+
+
+def _rewrite(path: Path) -> str:
+    """A command that writes the tensors of a pickle again."""
+    code = (
+        "import sys, torch; from safetensors.torch import save_file; "
+        "save_file(torch.load(sys.argv[1], weights_only=True), sys.argv[2])"
+    )
+    return f"`{shlex.join(['python', '-c', code, str(path), str(path.with_suffix('.safetensors'))])}`"
 
 
 def _collect(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -26,14 +26,17 @@ class MuonAdamW(torch.optim.Optimizer):
     def __init__(self, groups: list[dict[str, Any]], lr: float, betas: tuple[float, float]) -> None:
         matrices = [group for group in groups if group["muon"]]
         others = [group for group in groups if not group["muon"]]
-        self._adamw = torch.optim.AdamW(others, lr=lr, betas=betas, fused=True)
-        self._muon = torch.optim.Muon(matrices, lr=lr, adjust_lr_fn="match_rms_adamw")
-        super().__init__([*self._muon.param_groups, *self._adamw.param_groups], {"lr": lr})
+        self._inner: list[tuple[torch.optim.Optimizer, bool]] = [
+            (torch.optim.Muon(matrices, lr=lr, adjust_lr_fn="match_rms_adamw"), True)
+        ]
+        if others:  # adapters inside blocks leave nothing
+            self._inner.append((torch.optim.AdamW(others, lr=lr, betas=betas, fused=True), False))
+        super().__init__([group for inner, _ in self._inner for group in inner.param_groups], {"lr": lr})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         assert closure is None, "losses are computed by the method"
-        for inner, is_muon in ((self._muon, True), (self._adamw, False)):
+        for inner, is_muon in self._inner:
             # Linked at every step: loading a checkpoint replaces both.
             inner.state = self.state
             inner.param_groups = [group for group in self.param_groups if group["muon"] is is_muon]
@@ -69,6 +72,8 @@ def muon(
 
 def _blocks(module: nn.Module) -> list[nn.Module]:
     blocks = getattr(module, "blocks", None)
+    if isinstance(blocks, nn.ModuleList):
+        return list(blocks)
     return list(blocks()) if callable(blocks) and not isinstance(blocks, nn.Module) else []
 
 

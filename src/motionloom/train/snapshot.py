@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 import motionloom
 from motionloom.config.keys import flatten
-from motionloom.config.load import dump_recipe
+from motionloom.config.load import dump_recipe, load_recipe
 from motionloom.config.recipe import Recipe
 from motionloom.config.yaml_text import read_yaml
 from motionloom.parallel import Ranks, fill, load_optimizer_state, named_optimizer_state, named_state, whole
@@ -20,8 +21,11 @@ from motionloom.train import checkpoint
 from motionloom.train.checkpoint import Checkpoint, Contents, Saveable
 from motionloom.train.ema import Ema
 from motionloom.train.method import Method
-from motionloom.train.state import Identity, TrainState
+from motionloom.train.state import Identity, TrainState, base_of
 from motionloom.train.tensors import Renamed
+
+WEIGHTS = ("model.name_or_path", "lora.base")
+"""Keys that name weights to start from, by a path."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,10 @@ class Snapshots:
         if (found := self.ranks.main_does(self._newest)) is None:
             return None
         saved = checkpoint.load(found, verify=False)  # verified by the main rank already
-        self.identity.refuse_unless(saved.state["identity"], str(found))
+        before, bases = saved.state["identity"], ("", "")
+        if self.identity.base != before.get("base", ""):
+            bases = base_of(load_recipe(saved.folder / "recipe.yaml")), base_of(self.recipe)
+        self.identity.refuse_unless(before, str(found), bases)
         fill(named_state(self.method.modules()), saved.tensors("model"), f"{found}/model.safetensors")
         if self.ema is not None:
             self._restore_ema(saved)
@@ -122,8 +129,14 @@ class Snapshots:
         return [
             f"{key} {before.get(key)} -> {now.get(key)}"
             for key in sorted(before.keys() | now.keys())
-            if before.get(key) != now.get(key)
+            if before.get(key) != now.get(key) and not self._same_weights(key, before.get(key), now.get(key))
         ]
+
+    def _same_weights(self, key: str, before: object, now: object) -> bool:
+        """Whether two paths lead to the same weights: by their fingerprint, which was compared before."""
+        if key not in WEIGHTS or not (before and now):
+            return False
+        return bool(self.identity.base) or os.path.abspath(str(before)) == os.path.abspath(str(now))
 
 
 def start_from(path: Path, modules: Mapping[str, nn.Module], ranks: Ranks) -> int:

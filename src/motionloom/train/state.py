@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from motionloom.config.recipe import Recipe
 from motionloom.errors import UserError
 
 
@@ -42,14 +44,49 @@ class Identity:
     base: str = ""
     """Fingerprint of the frozen weights that adapters belong to; none: every weight is trained."""
 
-    def refuse_unless(self, saved: dict[str, Any], where: str) -> None:
-        """Raises UserError naming what differs from the checkpoint's identity, and the way out."""
+    @staticmethod
+    def of(recipe: Recipe, world: int, data: str = "", base: str = "") -> Identity:
+        """The identity of ``recipe`` on ``world`` ranks."""
+        c = recipe.train
+        sharding = c.sharding if world > 1 else "none"
+        return Identity(recipe.seed, world, c.batch_size, c.grad_accum_steps, sharding, data, base)
+
+    def refuse_unless(
+        self,
+        saved: Mapping[str, Any],
+        where: str,
+        bases: tuple[str, str] = ("", ""),
+        besides: Collection[str] = (),
+    ) -> None:
+        """Raises UserError naming what differs from the checkpoint's identity, and the way out.
+
+        Args:
+            bases: what the checkpoint's recipe and this one call their base (:func:`base_of`).
+            besides: keys that are not known yet.
+        """
         now, before = asdict(self), {"base": "", **saved}
+        called = dict(zip(("was", "is"), bases, strict=True)) if any(bases) else {}
         differ = [
-            f"{key} was {before.get(key)!r}, is {now[key]!r}" for key in now if before.get(key) != now[key]
+            f"{key} {_said('was', before.get(key), key, called)}, {_said('is', now[key], key, called)}"
+            for key in now
+            if key not in besides and before.get(key) != now[key]
         ]
         if differ:
             raise UserError(
                 f"{where} cannot be resumed exactly: {'; '.join(differ)}. Start it as it was, "
                 "or start a new run from its weights with train.init_from"
             )
+
+
+def base_of(recipe: Recipe) -> str:
+    """The key that names what adapters sit on, and what it says: ``lora.base runs/small``."""
+    if not recipe.lora.enabled:
+        return ""
+    key = "lora.base" if recipe.lora.base else "model.name_or_path"
+    return f"{key} {recipe.lora.base or recipe.model.name_or_path}"
+
+
+def _said(verb: str, value: Any, key: str, called: Mapping[str, str]) -> str:
+    if key == "base" and called.get(verb):
+        return f"{verb} {called[verb]} (sha256 {str(value)[:12]})"
+    return f"{verb} {value!r}"

@@ -11,6 +11,7 @@ import json
 import math
 import mmap
 import re
+import shlex
 import struct
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -209,30 +210,46 @@ def open_weights(path: str | Path) -> Weights:
         raise UserError(f"{path} is one shard of several: name their folder, {path.parent}")
     if path.suffix != ".safetensors":
         raise UserError(f"{path} is no .safetensors file: name one, or a folder that holds one")
-    return _with_config(open_file(path), path.parent)
+    return with_config(open_file(path), path.parent)
 
 
 def refuse_pickle(path: Path) -> None:
     """Raises UserError for files of pickled objects, whatever they are called."""
-    pickled = path.suffix.lower() in PICKLES
-    if not pickled and path.is_file():
-        with path.open("rb") as file:
-            head = file.read(9)
-        # A pickle of protocol 2 or later, or torch.save's zip. A safetensors file starts with its header's
-        # length, 8 bytes that may look like either, and then its header.
-        known = head.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04"))
-        pickled = known and head[8:] != b"{"
-    if pickled:
+    if is_pickle(path):
         raise UserError(
             f"{path} is a pickle and is not opened, because loading one can run any code: "
-            f"take its tensors out once with `motionloom convert {path.name} FOLDER`, and name that folder"
+            "take its tensors out once with "
+            f"`motionloom convert {shlex.quote(str(path))} FOLDER`, and name that folder"
         )
+
+
+def is_pickle(path: Path) -> bool:
+    """Whether a file is one of pickled objects, by its name or how it begins."""
+    if path.suffix.lower() in PICKLES:
+        return True
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        head = file.read(9)
+    # A pickle of protocol 2 or later, or torch.save's zip. A safetensors file starts with its header's
+    # length, 8 bytes that may look like either, and then its header.
+    known = head.startswith((b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04"))
+    return known and head[8:] != b"{"
+
+
+def only_pickle(folder: Path) -> Path | None:
+    """The one file of pickled objects in a folder (of a pipeline: in its ``transformer``) without any
+    safetensors."""
+    if not any(folder.glob("*.safetensors")) and (folder / "transformer").is_dir():
+        folder = folder / "transformer"
+    pickles = [file for file in folder.iterdir() if file.suffix.lower() in PICKLES]
+    return pickles[0] if len(pickles) == 1 and not any(folder.glob("*.safetensors")) else None
 
 
 def _open_folder(folder: Path) -> Weights:
     indexes = sorted(folder.glob("*.safetensors.index.json"))
     files = sorted(folder.glob("*.safetensors"))
-    if (folder / "model_index.json").is_file() and not files and (folder / "transformer").is_dir():
+    if not files and (folder / "transformer").is_dir():
         return _open_folder(folder / "transformer")
     if len(indexes) == 1:
         return _open_shards(indexes[0])
@@ -279,7 +296,7 @@ def _open_shards(index: Path) -> Weights:
         )
     opened = {path: file for shard in shards.values() for path, file in shard._files.items()}
     first = shards[names[0]]
-    return _with_config(Weights(str(index.parent), tensors, None, first.metadata, opened), index.parent)
+    return with_config(Weights(str(index.parent), tensors, None, first.metadata, opened), index.parent)
 
 
 def open_file(path: Path) -> Weights:
@@ -353,7 +370,8 @@ class _MappedFile:
         return torch.from_numpy(part).view(dtype)
 
 
-def _with_config(weights: Weights, folder: Path) -> Weights:
+def with_config(weights: Weights, folder: Path) -> Weights:
+    """With what the ``config.json`` in ``folder`` says, if there is one."""
     note = folder / "config.json"
     return replace(weights, config=read_json(note)) if note.is_file() else weights
 

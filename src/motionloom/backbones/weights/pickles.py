@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from motionloom.backbones.weights.files import Weights
+from motionloom.backbones.weights.files import Weights, with_config
 from motionloom.errors import UserError
 
 INSIDE = ("generator_ema", "generator", "ema", "state_dict", "model", "module")
@@ -36,7 +36,7 @@ def open_pickle(path: Path) -> Weights:
     bare = {WRAPPERS.sub("", name): t for name, t in tensors.items()}
     if all(name.startswith("model.") for name in bare):
         bare = {name.removeprefix("model."): t for name, t in bare.items()}
-    return Weights.of_tensors(str(path), bare)
+    return with_config(Weights.of_tensors(str(path), bare), path.parent)
 
 
 def _load(path: Path) -> Any:

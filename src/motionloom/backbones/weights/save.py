@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from motionloom.backbones.weights.files import DTYPES, Weights
+from motionloom.durable import flush
 from motionloom.errors import UserError
 
 SHARD_BYTES = 5_000_000_000
@@ -101,7 +102,7 @@ def write_folder(
         count = _Count(len(sink.shapes), progress)
         for file, shard in zip(names, shards, strict=True):
             _write_safetensors(unfinished / file, sink, shard, metadata or {}, count)
-        _flush(unfinished)
+        flush(unfinished)
     return sorted(folder.iterdir())
 
 
@@ -133,7 +134,7 @@ def _whole(final: Path) -> Iterator[Path]:
         final.parent.mkdir(parents=True, exist_ok=True)
         yield unfinished
         os.rename(unfinished, final)
-        _flush(final.parent)
+        flush(final.parent)
     except OSError as error:
         raise UserError(
             f"{final} was not written ({error.strerror or error}): mend it and try again"
@@ -204,11 +205,3 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
         file.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
         file.flush()
         os.fsync(file.fileno())
-
-
-def _flush(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

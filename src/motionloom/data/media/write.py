@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from motionloom.data.media.info import FRAME_FOLDER_NOTE
+from motionloom.durable import flush
 from motionloom.errors import UserError
 
 if TYPE_CHECKING:
@@ -126,16 +127,7 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename inside ``folder`` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        flush(path.parent)
 
 
 @contextlib.contextmanager
@@ -318,7 +310,7 @@ def _write_folder(folder: Path, frames: NDArray[np.uint8], fps: float) -> None:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
-        _sync_folder(folder.parent)
+        flush(folder.parent)
 
 
 def _is_frame_folder(folder: Path) -> bool:
