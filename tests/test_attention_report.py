@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from motionloom.config import load_recipe
+from motionloom.backbones import FAMILIES
+from motionloom.config import Recipe, load_recipe
 from motionloom.evals.attention import attention_rows
 from motionloom.plans import Chunks, Plan, Scenes, TextToVideo
 
@@ -33,6 +34,27 @@ def test_what_is_too_large_to_try_is_only_counted():
     assert row["milliseconds"] == {}
     # Block-causal: a little more than half of the video's pairs.
     assert 0.5 < row["seen"] < 0.6
+
+
+def test_a_large_clip_is_measured_on_one_head():
+    wide = ("model.dim=2048", "model.num_heads=8", "train.precision=fp32")
+    [row] = rows(Scenes(), (6, 21, 22), "model.type=joint", "plan.type=scenes", *wide)
+    assert row["gflop"] / 8 > 4, "more than what several heads may take"
+    assert row["heads_measured"] == 1
+    assert row["way"] in row["milliseconds"]
+
+
+def test_one_chunk_hides_nothing_from_itself():
+    wan = FAMILIES["wan"]
+    model = {"type": "wan", "preset": "tiny", "patch": [1, 2, 2]}
+    recipe = Recipe.model_validate({"model": model, "plan": {"type": "chunks"}})
+    backbone = wan.on_meta(wan.preset("tiny"))
+    whole, halves = (
+        attention_rows(recipe, Chunks(frames=frames), (8, 16, 16), backbone)[0] for frames in (8, 4)
+    )
+    assert (whole["attention"], halves["seen"]) == ("self", 0.75)
+    assert (whole["way"], whole["seen"], whole["milliseconds"]) == ("no mask", 1.0, {})
+    assert halves["way"] in halves["milliseconds"]
 
 
 def test_nothing_hidden_is_no_mask_and_small_ones_are_dense():

@@ -26,6 +26,7 @@ from motionloom.backbones import FAMILIES, build_backbone
 from motionloom.backbones.families import as_original
 from motionloom.backbones.weights import Sink, Weights, write_folder
 from motionloom.cli.main import main
+from motionloom.config import packaged_recipes
 from motionloom.config.recipe import ModelConfig
 from motionloom.rng import numpy_rng
 
@@ -430,6 +431,33 @@ def test_a_mistake_leaves_nothing_behind(mistakes: None) -> None:
     assert Path("runs/mine/provenance.json").read_bytes() == before, "the run in the way is untouched"
     call("quickstart", "--out", "runs/typo", "train.nosuch=1")
     assert not Path("runs/typo").exists()
+
+
+def test_the_help_names_every_recipe() -> None:
+    for command in ("train", "cache"):
+        words = re.sub(r"[\s│]+", " ", help_text(command))
+        assert all(re.search(rf"\b{name}\b", words) for name in packaged_recipes())
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        (["generate", "x"], "interrupted; run it again"),
+        (["cache", "x"], "the same command goes on from there"),
+        (["data", "shapeworld"], "the same command goes on from there"),
+    ],
+)
+def test_an_interrupted_command_says_what_is_kept(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: list[str], said: str
+) -> None:
+    def interrupted(**_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("motionloom.cli.main.app", interrupted)
+    monkeypatch.setattr(sys, "argv", ["motionloom", *command])
+    with pytest.raises(SystemExit, match="130"):
+        main()
+    assert said in capsys.readouterr().err
 
 
 def test_wrong_usage_is_explained_to_people() -> None:

@@ -341,6 +341,32 @@ def test_another_length_of_captions_is_told_and_allowed(write, family):
     assert load_recipe_with_notes(path, [*shorter, "model.name_or_path=", "model.preset=tiny"])[1] == []
 
 
+@pytest.mark.parametrize("family", ["wan", "ltx2"])
+def test_weights_of_flow_matching_are_not_trained_by_ddpm(write, family):
+    path, overrides = write(""), published_overrides(family, ENCODERS[family])
+    told = refusal(path, *overrides, "train.objective=ddpm_v")
+    assert f"weights of {family} were trained by flow matching: set train.objective to flow" in told
+    fresh = ["model.name_or_path=", "model.preset=tiny", "train.objective=ddpm_v"]
+    assert load_recipe(path, [*overrides, *fresh])
+
+
+def test_a_preset_goes_with_the_weights_it_stands_beside(write):
+    assert load_recipe("lora_wan").model.preset == "wan2.1-t2v-1.3b"
+    assert load_recipe("lora_wan", ["model.name_or_path=w"]).model.preset == ""
+    assert load_recipe(write("from: lora_wan\nmodel: {name_or_path: w}")).model.preset == ""
+    for order in (1, -1):
+        overrides = ["model.name_or_path=w", "model.preset=wan2.1-t2v-14b"][::order]
+        assert load_recipe("lora_wan", overrides).model.preset == "wan2.1-t2v-14b"
+    assert load_recipe(write("from: lora_wan\ntrain: {lr: 1}")).model.preset == "wan2.1-t2v-1.3b"
+
+
+def test_small_slips_of_the_shell_are_told_apart(write):
+    assert "a space is missing behind a colon: write width: 64" in refusal(
+        "quickstart", "video={width:64,height:64}"
+    )
+    assert "expected a list, each item a text: write [attn1]" in refusal("lora_wan", "lora.targets=attn1")
+
+
 def test_an_override_without_a_value_says_how_to_write_one():
     assert "write key=value, such as train.lr=3e-4" in refusal("quickstart", "train.lr")
     assert "override train.lr=[1, line 1, column" in refusal("quickstart", "train.lr=[1")

@@ -349,6 +349,29 @@ def test_unscaled_latents_are_found(world: tuple[Path, list]) -> None:
     sick(wrong(toy_model(), open_cache(folder / "unscaled")), "latent scale", "normalise in the tokenizer")
 
 
+def test_unlike_clips_of_a_published_vae_are_a_warning(world: tuple[Path, list]) -> None:
+    folder, entries = world
+    build_cache(recipe(), entries, folder / "like")
+    tokenizer = Unscaled(open_cache(folder / "like").tokenizer())
+    build_cache(recipe(), entries, folder / "unlike", tokenizer=tokenizer)
+    model = toy_model()
+    published = model.recipe.tokenizer.model_copy(update={"type": "wan_vae"})
+    model = replace(model, recipe=model.recipe.model_copy(update={"tokenizer": published}))
+    found = Doctor(model, open_cache(folder / "unlike")).latents_are_scaled()
+    assert found.status == "warning"
+    assert "not the VAE of these weights" in found.mend
+
+
+@pytest.mark.parametrize("padding", ["zero", "attended"])
+def test_padding_that_is_read_by_design_is_said_so(padding: str) -> None:
+    model = toy_model()
+    text = model.recipe.text_encoder.model_copy(update={"type": "hf", "padding": padding})
+    model = replace(model, recipe=model.recipe.model_copy(update={"text_encoder": text}))
+    found = Doctor(model).padding_is_hidden()
+    assert found.status == "skipped"
+    assert f"read by design (it is {padding})" in found.seen
+
+
 @pytest.mark.parametrize(
     "sections, said",
     [

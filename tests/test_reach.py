@@ -9,7 +9,9 @@ and that file must answer as our backbone with its adapters does.
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -434,7 +436,10 @@ def test_a_resume_goes_on_and_another_base_is_refused(walked: Walk, tmp_path: Pa
     shutil.copytree(walked.run, tmp_path / case.recipe)
     command = ["train", case.recipe, *walked.overrides, f"output_dir={tmp_path}", "--resume"]
     command += ["--cache", str(walked.run.parents[1] / "cache")]
-    assert "5 steps (done)" in ok(*command, "train.max_steps=5")
+    moved = shutil.copytree(walked.models / "transformer", tmp_path / "moved")
+    said = ok(*command, "train.max_steps=5", f"model.name_or_path={moved}")
+    assert "5 steps (done)" in said
+    assert "name_or_path" not in said, "the same weights in another place are the same base"
     other = shutil.copytree(walked.models / "transformer", tmp_path / "other")
     file = other / "diffusion_pytorch_model.safetensors"
     tensors = load_file(file)
@@ -443,13 +448,49 @@ def test_a_resume_goes_on_and_another_base_is_refused(walked: Walk, tmp_path: Pa
     answer = call(*command, "train.max_steps=6", f"model.name_or_path={other}")
     assert answer.code == 2
     assert "cannot be resumed exactly: base was" in answer.err
+    assert f"is model.name_or_path {other} (sha256" in answer.err
 
 
-def test_a_recipe_without_the_models_says_what_is_missing(tmp_path: Path) -> None:
-    for case in CASES.values():
-        answer = call("inspect", case.recipe)
-        assert answer.code == 2
-        assert "models/" in answer.err
+@families
+def test_sizes_are_told_before_any_download(family: str) -> None:
+    """By preset, by the recipe, and by what the family reads; and what was assumed is said."""
+    case = CASES[family]
+    answer = call("inspect", case.recipe, "--json")
+    assert answer.code == 0, answer.err
+    tokenizer, model, text = answer.value["notes"]
+    assert re.match(r"tokenizer.name_or_path models/\S+ is not here: taken as the recipe says", tokenizer)
+    assert re.match(r"model.name_or_path models/\S+ is not here: taken as model.preset", model)
+    assert re.match(r"text_encoder.name_or_path models/\S+ is not here: taken with the \d+ channels", text)
+    frozen = answer.value["parameters"]["total"] - answer.value["parameters"]["trained"]
+    sizes = FAMILIES[family].preset(load_recipe(case.recipe).model.preset)
+    assert frozen == sum(math.prod(shape) for shape in FAMILIES[family].shapes(sizes).values())
+    memory = answer.value["memory_gib"]
+    assert memory["gradients"] < 0.1 * memory["weights"], "of the adapters alone"
+
+
+def test_a_recipe_without_weights_and_sizes_says_what_is_missing(tmp_path: Path) -> None:
+    answer = call("inspect", "lora_wan", "model.preset=")
+    assert answer.code == 2
+    assert "models/Wan2.1-T2V-1.3B-Diffusers/transformer: no such file or folder" in answer.err
+    assert "model.preset" in answer.err
+    (tmp_path / "vae").mkdir()
+    answer = call("inspect", "lora_wan", f"tokenizer.name_or_path={tmp_path / 'vae'}")
+    assert answer.code == 2, "a folder that is there is read"
+
+
+def test_a_cache_is_made_without_the_weights_and_says_so(tmp_path: Path) -> None:
+    models = save_models(CASES["wan"], "wan", tmp_path / "models")
+    make_clip(tmp_path / "clips.mp4", 0, frames=12)
+    (tmp_path / "clips.txt").write_text("a red circle")
+    ok("data", "ingest", str(tmp_path), "--out", str(tmp_path / "clips.jsonl"))
+    said = ok(
+        *("cache", "lora_wan", f"video={CASES['wan'].video}", "tokenizer.latent_d=4"),
+        *(f"tokenizer.name_or_path={models / 'vae'}", f"text_encoder.name_or_path={models}"),
+        *("text_encoder.dtype=float32", "text_encoder.max_length=8"),
+        *("--manifest", str(tmp_path / "clips.jsonl"), "--out", str(tmp_path / "cache")),
+    )
+    assert "transformer: no such file or folder; the cache does not need it, training will" in said
+    assert "trained with 512 tokens of a caption" in said
 
 
 @pytest.mark.slow

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,7 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cached import make_world
+from cached import recipe as toy_recipe
 from motionloom.config.recipe import Recipe, TextEncoderConfig
+from motionloom.data.cache import build_cache
 from motionloom.data.cache.tables import TEXT, open_table
 from motionloom.data.cache.text import TextTable, cache_text
 from motionloom.errors import UserError
@@ -301,7 +305,7 @@ def test_ltx2_text_protocol(models, tmp_path):
 def test_connectors_beside_the_model_are_found(models, tmp_path):
     for name in ("text_encoder", "tokenizer"):
         (tmp_path / name).symlink_to(models["gemma3"].parent / name)
-    with pytest.raises(UserError, match=r"connectors: no readable config.json"):
+    with pytest.raises(UserError, match=r"connectors: no such folder"):
         build_text_encoder(config(tmp_path / "text_encoder", type="ltx2"), seed=0)
     (tmp_path / "connectors").symlink_to(models["gemma3"].parent / "connectors 2.0")
     assert build_text_encoder(config(tmp_path / "text_encoder", type="ltx2"), seed=0).dim == 64
@@ -320,6 +324,8 @@ def test_connectors_that_do_not_fit_are_refused(models, tmp_path):
         with pytest.raises(UserError, match=words):
             build_text_encoder(recipe, seed=0)
 
+    wrong("no such folder")
+    (tmp_path / "c").mkdir()
     wrong("no readable config.json")
     wrong("no safetensors", text_proj_in_factor=3)
     (tmp_path / "c" / "w.safetensors").symlink_to(next(good.glob("*.safetensors")))
@@ -414,3 +420,61 @@ def test_cached_embeddings_are_the_encoders(models, tmp_path, kind):
 def test_keys_that_are_not_read_are_refused(values, words):
     with pytest.raises(ValueError, match=words):
         Recipe(text_encoder=values)
+
+
+@pytest.mark.parametrize(
+    ("case", "said"),
+    [
+        ("path", "no such folder; check the path"),
+        ("nested path", "no such folder; check the path"),
+        ("no encoder", "cannot be loaded"),
+        ("no weights", "it holds no weights"),
+        ("length", r"set text_encoder\.max_length=16"),
+        ("connectors", "connectors: no such folder"),
+        ("not gemma", "LTX-2 reads Gemma 3"),
+    ],
+)
+def test_a_text_encoder_that_cannot_be_had_shows_before_the_first_clip(
+    models, tmp_path, monkeypatch, case, said
+):
+    world = make_world(tmp_path / "clips", 1, height=16, width=16)
+    monkeypatch.chdir(tmp_path)
+    Path("models").mkdir()
+    (tmp_path / "vae").mkdir()
+    (tmp_path / "vae" / "config.json").write_text('{"_class_name": "AutoencoderKLWan"}')
+    kind, length, name = "hf", 8, ""
+    if case == "path":
+        name = "models/nowhere"
+    elif case == "nested path":
+        name = "models/Wan/text_encoder"
+    elif case == "no encoder":
+        name = str(tmp_path / "vae")
+    elif case == "no weights":
+        name = str(
+            shutil.copytree(models["t5"], tmp_path / "bare", ignore=shutil.ignore_patterns("*.safetensors"))
+        )
+    elif case == "length":
+        name, length = str(save_model(tmp_path / "clip", "clip")), 77
+    elif case == "connectors":
+        kind, name = "ltx2", str(shutil.copytree(models["gemma3"], tmp_path / "alone" / "text_encoder"))
+    else:
+        kind, name = "ltx2", str(models["t5"])
+    text = {"type": kind, "name_or_path": name, "max_length": length, "dtype": "float32"}
+    started: list[str] = []
+    with pytest.raises(UserError, match=said):
+        build_cache(
+            toy_recipe(text_encoder=text),
+            world,
+            tmp_path / "cache",
+            on_progress=lambda what, done, total: started.append(what),
+        )
+    assert started == []
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_whole_pipeline_stands_for_its_text_encoder(models, tmp_path):
+    shutil.copytree(models["t5"], tmp_path / "text_encoder")
+    whole, part = (build_text_encoder(config(path), 0) for path in (tmp_path, tmp_path / "text_encoder"))
+    assert whole.fingerprint() == part.fingerprint()
+    whole.save(tmp_path / "saved")
+    assert load_text_encoder(tmp_path / "saved").fingerprint() == part.fingerprint()

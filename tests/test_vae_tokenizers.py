@@ -676,8 +676,11 @@ def test_a_wrong_folder_or_recipe_is_named(
 
 
 def test_other_errors_in_one_line(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no diffusers model here"):
+    with pytest.raises(UserError, match="no such folder; check the path"):
         open_tokenizer(config(tmp_path / "nothing"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no diffusers model here"):
+        open_tokenizer(config(tmp_path / "empty"))
     with pytest.raises(UserError, match=r"wan_vae comes with weights and is not fitted"):
         fit_tokenizer(config(folder), [])
     with pytest.raises(UserError, match=r"is a wan_vae tokenizer and tokenizer.type is patch"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -15,7 +16,7 @@ from motionloom.backbones.families import Sizes, SizesNote, recognise
 from motionloom.backbones.prediction import Predictor
 from motionloom.backbones.weights import Weights, load_into, open_weights
 from motionloom.cli.adapters import Adapted, adapt, adapted_checkpoint, same_tokenizer, with_whole_paths
-from motionloom.config import Recipe, load_recipe, packaged_recipes
+from motionloom.config import Recipe, load_recipe, load_recipe_with_notes, packaged_recipes
 from motionloom.data.cache import Cache
 from motionloom.data.loader import Loader
 from motionloom.errors import UserError
@@ -349,14 +350,23 @@ class Opened(Model):
     """What its backbone was read from, without adapters."""
 
 
-def open_model(what: str | Path, *, raw: bool = False, device: str = "auto") -> Opened:
+def open_model(
+    what: str | Path,
+    *,
+    raw: bool = False,
+    device: str = "auto",
+    tell: Callable[[str], object] = lambda note: None,
+) -> Opened:
     """A model to generate with: a run, a checkpoint, or a recipe that names published weights.
 
     Raises:
         UserError: as :func:`load_model` and :func:`published_model`.
     """
     if str(what) in packaged_recipes() or Path(what).suffix in (".yaml", ".yml"):
-        return published_model(load_recipe(str(what)), str(what), device)
+        recipe, notes = load_recipe_with_notes(str(what))
+        for note in notes:
+            tell(note)
+        return published_model(recipe, str(what), device)
     return load_model(what, raw=raw, device=device)
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from motionloom.cli.console import Out, skipped
+
+if TYPE_CHECKING:
+    from motionloom.config import Recipe
 
 
 def run(recipe_name: str, manifest: Path, out: Path, overrides: list[str], as_json: bool) -> None:
@@ -15,6 +19,7 @@ def run(recipe_name: str, manifest: Path, out: Path, overrides: list[str], as_js
 
     console = Out(as_json)
     recipe, notes = load_recipe_with_notes(recipe_name, overrides)
+    notes += _missing_weights(recipe)
     for note in notes:
         console.note(note)
     entries, problems = read_manifest(manifest)
@@ -38,3 +43,13 @@ def run(recipe_name: str, manifest: Path, out: Path, overrides: list[str], as_js
         },
         [f"{len(cache)} clips cached, {problems.skipped + report.skipped.skipped} skipped: {out}"],
     )
+
+
+def _missing_weights(recipe: Recipe) -> list[str]:
+    """A cache needs no backbone, but the training that follows will."""
+    if not recipe.model.name_or_path or Path(recipe.model.name_or_path).expanduser().exists():
+        return []
+    return [
+        f"model.name_or_path {recipe.model.name_or_path}: no such file or folder; "
+        "the cache does not need it, training will"
+    ]

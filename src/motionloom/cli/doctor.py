@@ -28,7 +28,8 @@ def run(what: str, overrides: list[str], cache_path: Path | None, as_json: bool)
     cache = open_cache(cache_path) if cache_path else None
     findings = Doctor(model, cache, trained=not fresh).examine()
     count = Counter(finding.status for finding in findings)
-    verdict = f"{count['wrong']} wrong, {count['ok']} ok, {count['skipped']} skipped"
+    doubtful = f"{count['warning']} to look at, " if count["warning"] else ""
+    verdict = f"{count['wrong']} wrong, {doubtful}{count['ok']} ok, {count['skipped']} skipped"
     console.result(
         {"ok": not count["wrong"], "findings": [asdict(finding) for finding in findings]},
         [*map(str, findings), verdict],

@@ -73,7 +73,7 @@ def run(
         raise UserError(f"--solver {wish.solver}: choose one of {', '.join(SOLVERS)}")
     height, width = parse_size(wish.size)
     console = Out(as_json)
-    model = open_model(checkpoint, raw=raw, device=device)
+    model = open_model(checkpoint, raw=raw, device=device, tell=console.note)
     into_weights(model, loras)
     new_folder(out)
     sampling = recipe_sampling(model.recipe, steps=wish.steps, guidance=wish.guidance, solver=wish.solver)

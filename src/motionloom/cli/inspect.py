@@ -68,16 +68,77 @@ def _recipe(name: str, overrides: list[str]) -> dict[str, Any]:
     from motionloom.train.lora import add_lora
 
     recipe, notes = load_recipe_with_notes(name, overrides)
+    recipe, assumed = _on_paper(recipe)
+    notes += assumed
+    modules: dict[str, nn.Module] = {}
+    if recipe.text_encoder.type == "hash" or recipe.lora.base:
+        text_encoder = text_encoder_for(recipe)
+        text_dim = text_encoder.dim
+        if isinstance(text_encoder, nn.Module):
+            modules["text_encoder"] = text_encoder
+    else:
+        text_dim = _text_channels(recipe, notes)
     spec = recipe_spec(recipe)
-    text_encoder = text_encoder_for(recipe)
-    backbone = new_backbone(recipe, spec, text_encoder.dim, device="meta")
+    backbone = new_backbone(recipe, spec, text_dim, device="meta")
     if recipe.lora.enabled:
         add_lora(backbone, recipe.lora, torch_generator(recipe.seed, "lora"))
-    modules: dict[str, nn.Module] = {"backbone": backbone}
-    if isinstance(text_encoder, nn.Module):
-        modules["text_encoder"] = text_encoder
+    modules = {"backbone": backbone, **modules}
     answer = inspect_recipe(recipe, spec, modules)
     return {**answer, "attention": _attention(recipe, answer, backbone), "notes": notes}
+
+
+def _on_paper(recipe: Recipe) -> tuple[Recipe, list[str]]:
+    """The recipe without the folders that are not here but whose sizes it says itself, and notes of them.
+
+    Raises:
+        UserError: weights are not here, and no preset says their sizes.
+    """
+    notes = []
+    tokenizer, model = recipe.tokenizer, recipe.model
+    if _is_missing(tokenizer.name_or_path):
+        notes.append(
+            f"tokenizer.name_or_path {tokenizer.name_or_path} is not here: taken as the recipe says, "
+            f"{tokenizer.latent_d} channels, {tokenizer.latent_f} pixels and {tokenizer.latent_t} frames "
+            "a cell"
+        )
+        tokenizer = tokenizer.model_copy(update={"name_or_path": ""})
+    if _is_missing(model.name_or_path):
+        if not model.preset:
+            raise UserError(
+                f"model.name_or_path {model.name_or_path}: no such file or folder; check the path, or name "
+                "published sizes in model.preset to ask without the weights"
+            )
+        notes.append(
+            f"model.name_or_path {model.name_or_path} is not here: taken as model.preset {model.preset}"
+        )
+        model = model.model_copy(update={"name_or_path": ""})
+    return recipe.model_copy(update={"tokenizer": tokenizer, "model": model}), notes
+
+
+def _is_missing(name_or_path: str) -> bool:
+    return bool(name_or_path) and not Path(name_or_path).expanduser().exists()
+
+
+def _text_channels(recipe: Recipe, notes: list[str]) -> int:
+    """Channels of a frozen language model, by its config; else those that a published backbone reads."""
+    from motionloom.backbones import FAMILIES
+    from motionloom.cli.assemble import backbone_start
+    from motionloom.text import check_text_encoder
+
+    text = recipe.text_encoder
+    try:
+        return check_text_encoder(text)
+    except UserError:
+        sizes = backbone_start(recipe).sizes
+        if sizes is None or not _is_missing(text.name_or_path):
+            raise
+    backbone: Any = FAMILIES[recipe.model.type].on_meta(sizes)
+    channels = int(backbone.text_dim)
+    notes.append(
+        f"text_encoder.name_or_path {text.name_or_path} is not here: taken with the {channels} channels that "
+        f"{recipe.model.type} reads"
+    )
+    return channels
 
 
 def _attention(recipe: Recipe, answer: Mapping[str, Any], backbone: Any) -> list[dict[str, Any]]:
@@ -91,13 +152,18 @@ def _attention(recipe: Recipe, answer: Mapping[str, Any], backbone: Any) -> list
 
 
 def _show_attention(console: Out, rows: list[dict[str, Any]]) -> None:
+    if console.as_json:
+        return
     heads = ["attention", "queries", "keys", "seen", "gflop", "way"]
-    cells = []
+    console.table("", heads, [[_short(row[head]) for head in heads] for row in rows])
+    lines = ["seen: share of query-key pairs that the plan allows; gflop: forward, all heads, one clip"]
     for row in rows:
-        tried = [f"{way} {ms:.3g} ms" for way, ms in row["milliseconds"].items()]
-        heads_tried = f" ({row['heads_measured']} heads: {', '.join(tried)})" if tried else ""
-        cells.append([*(_short(row[head]) for head in heads[:-1]), row["way"] + heads_tried])
-    console.table("", heads, cells)
+        tried = sorted(row["milliseconds"].items(), key=lambda one: one[1])
+        if tried:
+            heads_tried = f"{(n := row['heads_measured'])} head{'s' if n > 1 else ''}"
+            lines.append(f"{row['attention']}, forward and backward on this CPU, {heads_tried}:")
+            lines += [f"  {ms:8.3g} ms  {way}" for way, ms in tried]
+    console.result({}, lines)
 
 
 def _lines(answer: Mapping[str, Any]) -> list[str]:

@@ -31,11 +31,17 @@ app = typer.Typer(
 data_app = typer.Typer(help="Make or collect captioned clips.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
-lora_app = typer.Typer(help="Adapters of a run, for other programs.", no_args_is_help=True)
+lora_app = typer.Typer(
+    help="Adapters: a run's for other programs, or merged into weights.", no_args_is_help=True
+)
 app.add_typer(lora_app, name="lora")
 
 # Wrong options and arguments. Typer exports only this child of it.
 _UsageError: Any = typer.BadParameter.__base__
+
+
+CONTINUED = ("quickstart", "cache", "data shapeworld")
+"""Commands that go on where they were interrupted (`train` does with --resume, and says so itself)."""
 
 
 def _version(wanted: bool) -> None:
@@ -56,7 +62,11 @@ def _options(
 Json = Annotated[bool, typer.Option("--json", help="Print the answer as one JSON object on stdout.")]
 Recipe = Annotated[
     str,
-    typer.Argument(metavar="RECIPE", help="A YAML file, or the name of one that comes along: quickstart"),
+    typer.Argument(
+        metavar="RECIPE",
+        help="A YAML file, or the name of one that comes along: quickstart, clips, first_frame, scenes, "
+        "causal, factorized_256, lora_wan, lora_cogvideox, lora_ltx2",
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,
@@ -318,7 +328,9 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     if code == INTERRUPTED:
-        die("interrupted; what was finished is kept, the same command goes on from there", as_json, code)
+        command = " ".join(word for word in sys.argv[1:] if not word.startswith("-"))
+        kept = "what was finished is kept, the same command goes on from there"
+        die(f"interrupted; {kept if command.startswith(CONTINUED) else 'run it again'}", as_json, code)
     raise SystemExit(code)
 
 

@@ -30,12 +30,13 @@ def run(recipe_name: str, overrides: list[str], cache_path: Path | None, resume:
     run_dir = Path(recipe.output_dir) / recipe.experiment_name
     if resume and checkpoint.latest(run_dir) is None:
         raise UserError(f"--resume: {run_dir} holds no checkpoint; to start that run, leave --resume out")
-    if not resume:
-        checkpoint.refuse_held(run_dir)
     with start_ranks() as ranks:
         cache = open_cache(cache_path or run_dir / "cache")
+        cache.require(recipe)
         if resume:
             _refuse_other(run_dir, recipe, cache, ranks)
+        else:
+            checkpoint.refuse_held(run_dir)
         parts = assemble(recipe, cache, ranks)
         if ranks.is_main:
             for note in notes:

@@ -61,6 +61,9 @@ def load_recipe_with_notes(
     values: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for layer in layers:
+        if layer.values.get("model.name_or_path") and _of_other_weights(layer, origin, overrides):
+            # The sizes of the weights that a layer below named are not those of the ones named here.
+            values.pop("model.preset", None)
         for key, value in layer.values.items():
             if key in keys():
                 values[key], origin[key] = value, layer.label
@@ -74,6 +77,13 @@ def load_recipe_with_notes(
     if problems:
         raise UserError(_one_line(problems))
     return recipe, [*(note for layer in layers for note in layer.notes), *cautions(recipe)]
+
+
+def _of_other_weights(layer: _Layer, origin: Mapping[str, str], overrides: Sequence[str]) -> bool:
+    """Whether a preset was named for other weights than the layer's: by a file, beside weights of its own."""
+    preset = origin.get("model.preset")
+    own = {f"override {override}" for override in overrides}
+    return preset is not None and preset not in own and origin.get("model.name_or_path") == preset
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -178,6 +188,10 @@ def _override_layer(override: str) -> _Layer:
     if not equals or not key.strip():
         raise UserError(f"override {override!r}: write key=value, such as train.lr=3e-4")
     value = read_yaml(text, label) if text.strip() else ""
+    if isinstance(value, dict) and (
+        glued := [name for name, inner in value.items() if inner is None and ":" in name]
+    ):
+        raise UserError(f"{label}: a space is missing behind a colon: write {glued[0].replace(':', ': ', 1)}")
     return _Layer(label, flatten({key.strip(): value}))
 
 
@@ -191,7 +205,9 @@ def _problem(error: dict[str, Any], origin: dict[str, str], whole: str) -> str:
     else:
         return f"{whole}: {error['ctx']['error']}"  # of several keys at once: says itself how to mend it
     at = "".join(f"[{item}]" for item in items if error["type"] != "missing")
-    return f"{origin[key]}: {key}{at} is {shown(error['input'])}; expected {expected(key)}"
+    line = f"{origin[key]}: {key}{at} is {shown(error['input'])}; expected {expected(key)}"
+    alone = not items and isinstance(error["input"], (str, int, float)) and error["input"] != ""
+    return f"{line}: write [{error['input']}]" if alone and "a list, each" in line else line
 
 
 def _one_line(problems: list[str]) -> str:

@@ -140,6 +140,11 @@ def _imported_misfits(r: Recipe) -> Iterator[str]:
             f"train.objective is {r.train.objective}, but cogvideox knows only the noise levels that it was "
             f"trained on: set train.objective to ddpm_v"
         )
+    if model.type != "cogvideox" and model.name_or_path and r.train.objective != "flow":
+        yield (
+            f"train.objective is {r.train.objective}, but the weights of {model.type} were trained by flow "
+            "matching: set train.objective to flow"
+        )
     if r.flow_matching.path != "linear":
         yield f"flow_matching.path {r.flow_matching.path} is not {model.type}'s: leave it linear"
     if model.prediction != "velocity":

@@ -24,7 +24,9 @@ JOINT = ("joint", "cogvideox")
 SCENES = 3
 """Scenes of the clip, where a plan has scenes."""
 AFFORDABLE_FLOPS = 4e9
-"""A forward pass of more is measured on fewer heads, or not at all."""
+"""A forward pass of more is measured on fewer heads, ..."""
+MOST_FLOPS = 1.2e10
+"""... or, if one head alone needs more than this, not at all."""
 
 
 def attention_rows(
@@ -79,10 +81,11 @@ def _row(
     seen, way, times, measured = 1.0, "no mask", {}, 0
     if isinstance(pattern, torch.Tensor):
         seen = float((pattern == 0 if pattern.is_floating_point() else pattern).float().mean())
-        way = "dense: too small to choose"
-    elif pattern is not None:
+        way = "dense: too small to choose" if seen < 1 else "no mask"
+    elif pattern is not None and not pattern.plan.nothing_hidden:
         seen = pattern.plan.density
-        measured = min(heads, int(AFFORDABLE_FLOPS / (4 * seen * pairs * channels)))
+        of_head = 4 * seen * pairs * channels
+        measured = min(heads, max(int(AFFORDABLE_FLOPS / of_head), int(of_head <= MOST_FLOPS)))
         way = "measured at the first step: too large to try here"
         if measured:
             times = _times(pattern, measured, channels, recipe)

@@ -25,7 +25,7 @@ from motionloom.plans import Geometry, Layout, Streams, Text, join_attributes, r
 from motionloom.rng import torch_generator
 from motionloom.text import encode_scenes
 
-Status = Literal["ok", "wrong", "skipped"]
+Status = Literal["ok", "wrong", "warning", "skipped"]
 
 # Relative to the output's RMS. What has no influence leaves the output equal to the bit (a masked weight is
 # an exact 0), so this only has to be above nothing; a network in its first steps is moved by 1e-4.
@@ -46,7 +46,7 @@ TEXT_CHECKS = ("text encoder", "text mask", "text")
 
 @dataclass(frozen=True)
 class Finding:
-    """One check: what was seen, and if it is wrong, how to mend it."""
+    """One check: what was seen, and if it is wrong or doubtful, how to mend it or what to look at."""
 
     check: str
     status: Status
@@ -54,7 +54,7 @@ class Finding:
     mend: str = ""
 
     def __str__(self) -> str:
-        mark = {"ok": "ok     ", "wrong": "WRONG  ", "skipped": "skipped"}[self.status]
+        mark = {"ok": "ok     ", "wrong": "WRONG  ", "warning": "warning", "skipped": "skipped"}[self.status]
         return f"{mark} {self.check}: {self.seen}" + (f"; {self.mend}" if self.mend else "")
 
 
@@ -147,6 +147,12 @@ class Doctor:
     def padding_is_hidden(self) -> Finding:
         """What stands in padding has no influence."""
         padding_BL1 = ~self.text.valid_BL[..., None]
+        rule = self.model.recipe.text_encoder
+        if rule.type == "ltx2" or rule.padding != "hidden":
+            stands = (
+                "learned registers stand in its place" if rule.type == "ltx2" else f"it is {rule.padding}"
+            )
+            return Finding("text mask", "skipped", f"padding is read by design ({stands}): nothing is masked")
         if not padding_BL1.any():
             return Finding("text mask", "skipped", "the caption fills max_length: there is no padding")
         leak = self._change(self._answer(text=self._noise_where(padding_BL1)))
@@ -296,6 +302,13 @@ class Doctor:
             f"means up to {off:.2g}"
         )
         if not 0.5 <= scale <= 2.0 or off > 1.0:
+            if self.model.recipe.tokenizer.type != "patch":
+                mend = (
+                    "a published VAE has 1 and 0 over the clips that it was made for: yours are unlike them "
+                    "(flat colours, drawings), which may well train, or it is not the VAE of these weights: "
+                    "look at the clips as it sees them with motionloom inspect CACHE"
+                )
+                return Finding("latent scale", "warning", seen, mend)
             mend = "noise has 1 and 0: normalise in the tokenizer, then make the cache again"
             return Finding("latent scale", "wrong", seen, mend)
         return Finding("latent scale", "ok", seen)

@@ -16,13 +16,15 @@ ENCODERS = {
     "hf": "motionloom.text.hf",
     "ltx2": "motionloom.text.ltx2",
 }
-"""Module of each ``text_encoder.type``; it offers ``build(config, seed)`` and ``load(folder, settings)``."""
+"""Module of each ``text_encoder.type``; it offers ``build(config, seed)`` and ``load(folder, settings)``, and
+``check(config)``: the channels, without reading weights."""
 
 __all__ = [
     "ENCODERS",
     "TextEncoder",
     "build_text_encoder",
     "cached_text_encoder",
+    "check_text_encoder",
     "encode_scenes",
     "lay_scenes",
     "load_text_encoder",
@@ -36,6 +38,17 @@ def build_text_encoder(config: TextEncoderConfig, seed: int) -> TextEncoder:
         UserError: the model cannot be had.
     """
     return importlib.import_module(ENCODERS[config.type]).build(config, seed)
+
+
+def check_text_encoder(config: TextEncoderConfig) -> int:
+    """Find out in seconds, without its weights, whether the text encoder that a recipe names can be had, and
+    how many channels its embeddings have.
+
+    Raises:
+        UserError: it cannot.
+    """
+    channels: int = importlib.import_module(ENCODERS[config.type]).check(config)
+    return channels
 
 
 def cached_text_encoder(config: TextEncoderConfig, dim: int, fingerprint: str) -> TextEncoder:

@@ -237,6 +237,28 @@ def _flat(x_BLGY: Tensor, projection: nn.Linear) -> Tensor:
     return x_BLGY.flatten(2).to(projection.weight.dtype)
 
 
+def read_sizes(folder: Path) -> ConnectorSizes:
+    """The sizes of connectors in a diffusers folder, which has weights too.
+
+    Raises:
+        UserError: there is no such folder, or its config.json or its weights are not there or not readable.
+    """
+    where = f"text_encoder.connectors {folder}"
+    if not folder.is_dir():
+        raise UserError(
+            f"{where}: no such folder; name a diffusers folder of connectors in text_encoder.connectors"
+        )
+    try:
+        sizes = ConnectorSizes.from_diffusers(json.loads((folder / "config.json").read_text()))
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{where}: no readable config.json; name a diffusers folder of connectors") from error
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    if not any(folder.glob("*.safetensors")):
+        raise UserError(f"{where}: no safetensors in it; name a diffusers folder of connectors")
+    return sizes
+
+
 def load_connectors(folder: Path, dtype: torch.dtype) -> TextConnectors:
     """Connectors from a diffusers folder: ``config.json`` and safetensors, in one file or in shards.
 
@@ -247,15 +269,8 @@ def load_connectors(folder: Path, dtype: torch.dtype) -> TextConnectors:
     from safetensors.torch import load_file
 
     where = f"text_encoder.connectors {folder}"
-    try:
-        sizes = ConnectorSizes.from_diffusers(json.loads((folder / "config.json").read_text()))
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{where}: no readable config.json; name a diffusers folder of connectors") from error
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
+    sizes = read_sizes(folder)
     files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{where}: no safetensors in it; name a diffusers folder of connectors")
     with torch.device("meta"):
         connectors = TextConnectors(sizes)
     state: dict[str, Tensor] = {}

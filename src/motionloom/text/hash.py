@@ -116,6 +116,11 @@ class HashEncoder(nn.Module):
         return {"type": "hash", **{name: getattr(self, name) for name in names}}
 
 
+def check(config: TextEncoderConfig) -> int:
+    """Channels of a recipe's encoder, which can always be had."""
+    return config.dim
+
+
 def build(config: TextEncoderConfig, seed: int) -> HashEncoder:
     """A new encoder for a recipe."""
     return HashEncoder(

@@ -20,7 +20,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -67,28 +67,15 @@ class HFEncoder:
         dtype: torch.dtype,
         padding: Padding = "hidden",
     ) -> None:
-        self.name_or_path, self.max_length, self.padding = name_or_path, max_length, padding
+        self.name_or_path, self.max_length, self.padding = model_folder(name_or_path), max_length, padding
         self.weight_dtype = dtype
         self._fingerprint = ""
         self.dtype = torch.bfloat16 if dtype == torch.int8 else dtype
-        self.tokenizer, self.model = _read(name_or_path, dtype)
-        self.model = self.model.eval().requires_grad_(False)
+        opened = open_model(self.name_or_path, max_length, dtype, padding)
+        self.tokenizer, self.model = opened.tokenizer, _weights(opened, dtype).eval().requires_grad_(False)
         # Left padding would shift the positions of short captions; the cache keeps the valid ones, a prefix.
         self.tokenizer.padding_side = self.tokenizer.truncation_side = "right"
-        config = self.model.config
-        if padding == "attended" and self.tokenizer.pad_token_id is None:
-            raise UserError(
-                f"text_encoder.padding attended: the tokenizer of {name_or_path} has no padding token; set "
-                "text_encoder.padding=hidden"
-            )
-        self.dim: int = getattr(config, "hidden_size", None) or config.d_model
-        # T5 has relative positions and no such limit.
-        longest = getattr(config, "max_position_embeddings", None) or max_length
-        if max_length > longest:
-            raise UserError(
-                f"text_encoder.max_length {max_length} is more than the {longest} tokens that {name_or_path} "
-                f"can read: set text_encoder.max_length={longest}"
-            )
+        self.dim = _width(self.model.config)
 
     def to(self, device: torch.device | str) -> HFEncoder:
         """Move the model; embeddings then come on that device. An int8 model stays on its GPU."""
@@ -207,8 +194,21 @@ def digest_weights(digest: hashlib._Hash, state: Mapping[str, Any]) -> None:
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
-def _read(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
-    """Tokenizer and text model of a folder or hub name; every failure is one clear line."""
+class Opened(NamedTuple):
+    """What is known of a language model before its weights are read."""
+
+    name: str
+    config: Any
+    """As transformers has it, of the whole model."""
+    tokenizer: Any
+
+
+def open_model(name: str, max_length: int, dtype: torch.dtype, padding: Padding = "hidden") -> Opened:
+    """Config and tokenizer of a folder or hub name, which say whether the rest can go well.
+
+    Raises:
+        UserError: as `HFEncoder`, but for what only the weights can show.
+    """
     try:
         import transformers
     except ImportError as error:
@@ -216,24 +216,60 @@ def _read(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
             "text_encoder.type hf needs transformers, which is not installed: pip install 'motionloom[hf]'"
         ) from error
     local = Path(name)
-    if (local.is_absolute() or name.startswith(".")) and not local.is_dir():
+    # A hub's name is OWNER/NAME at most.
+    path_alone = local.is_absolute() or name.startswith((".", "~")) or len(local.parts) > 2
+    if path_alone and not local.is_dir():
         raise UserError(f"text_encoder.name_or_path {name}: no such folder; check the path")
-    how = _int8() if dtype == torch.int8 else {"dtype": dtype}
-    try:
+    if dtype == torch.int8:
+        _int8()
+    with _one_line(name):
         config = transformers.AutoConfig.from_pretrained(name)
         tokenizer = transformers.AutoTokenizer.from_pretrained(_tokenizer_folder(name))
-        alone = _TEXT_PART.get(config.model_type)
-        if alone == "CLIPTextModel":
-            config = getattr(config, "text_config", config)
-        loader = getattr(transformers, alone or "AutoModel")
-        with _quiet():
-            model, read = loader.from_pretrained(name, config=config, output_loading_info=True, **how)
+        if local.is_dir() and not any(local.glob("*.safetensors")) and not any(local.glob("*.bin")):
+            raise OSError("it holds no weights")
+    if padding == "attended" and tokenizer.pad_token_id is None:
+        raise UserError(
+            f"text_encoder.padding attended: the tokenizer of {name} has no padding token; set "
+            "text_encoder.padding=hidden"
+        )
+    # T5 has relative positions and no such limit.
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None) or max_length
+    if max_length > longest:
+        raise UserError(
+            f"text_encoder.max_length {max_length} is more than the {longest} tokens that {name} "
+            f"can read: set text_encoder.max_length={longest}"
+        )
+    return Opened(name, config, tokenizer)
+
+
+@contextmanager
+def _one_line(name: str) -> Iterator[None]:
+    """Every failure inside is one clear line."""
+    try:
+        yield
     except Exception as error:  # missing, damaged, gated, unknown: a library's failures are of every kind
+        local = Path(name)
+        if len(local.parts) == 2 and local.parent.is_dir() and not local.is_dir():
+            raise UserError(f"text_encoder.name_or_path {name}: no such folder; check the path") from error
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"text_encoder.name_or_path {name}: cannot be loaded ({reason}); name a folder with config.json, "
             "tokenizer and safetensors, or a hub model that this machine can reach"
         ) from error
+
+
+def _weights(opened: Opened, dtype: torch.dtype) -> Any:
+    """The text model."""
+    import transformers
+
+    name, config = opened.name, opened.config
+    how = _int8() if dtype == torch.int8 else {"dtype": dtype}
+    alone = _TEXT_PART.get(config.model_type)
+    if alone == "CLIPTextModel":
+        config = getattr(config, "text_config", config)
+    loader = getattr(transformers, alone or "AutoModel")
+    with _one_line(name), _quiet():
+        model, read = loader.from_pretrained(name, config=config, output_loading_info=True, **how)
     if missing := sorted(read["missing_keys"]):
         raise UserError(
             f"text_encoder.name_or_path {name}: lacks weights of a {type(model).__name__} ({missing[0]} and "
@@ -241,7 +277,20 @@ def _read(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
         )
     model = model if alone else _text_part(model)
     # Some architectures keep a few layers wider than they were asked to.
-    return tokenizer, model if dtype == torch.int8 else model.to(dtype)
+    return model if dtype == torch.int8 else model.to(dtype)
+
+
+def _width(config: Any) -> int:
+    """Channels of the hidden states."""
+    width: int = getattr(config, "hidden_size", None) or config.d_model
+    return width
+
+
+def model_folder(name_or_path: str) -> str:
+    """The folder or hub name of the model; of a whole pipeline of diffusers its ``text_encoder``."""
+    inside = Path(name_or_path) / "text_encoder"
+    whole = not (inside.parent / "config.json").exists() and (inside / "config.json").exists()
+    return str(inside) if whole else name_or_path
 
 
 def _tokenizer_folder(name: str) -> str:
@@ -306,11 +355,19 @@ def describe(config: TextEncoderConfig) -> dict[str, Any]:
     """What `HFEncoder.save` writes of the encoder that a recipe names, but for its fingerprint."""
     return {
         "type": "hf",
-        "name_or_path": whole_path(config.name_or_path),
+        "name_or_path": whole_path(model_folder(config.name_or_path)),
         "max_length": config.max_length,
         "dtype": config.dtype,
         "padding": config.padding,
     }
+
+
+def check(config: TextEncoderConfig) -> int:
+    """Channels of the encoder that a recipe names, without reading its weights; raises what `build` would, as
+    far as can be told so."""
+    name = model_folder(config.name_or_path)
+    opened = open_model(name, config.max_length, getattr(torch, config.dtype), config.padding)
+    return _width(opened.config.get_text_config())
 
 
 def build(config: TextEncoderConfig, seed: int) -> HFEncoder:

@@ -21,8 +21,8 @@ from torch import Tensor
 from motionloom.config.entries import entry
 from motionloom.config.recipe import TextEncoderConfig
 from motionloom.errors import UserError
-from motionloom.text.connectors import load_connectors
-from motionloom.text.hf import DType, HFEncoder, digest_weights, whole_path
+from motionloom.text.connectors import ConnectorSizes, load_connectors, read_sizes
+from motionloom.text.hf import DType, HFEncoder, digest_weights, model_folder, open_model, whole_path
 
 GROUP_TOKENS = 2048
 """How many tokens are embedded at a time: all their layers are held at once, 0.4 MB each for Gemma 3 12B."""
@@ -48,28 +48,13 @@ class LTX2Encoder:
         self._fingerprint = ""
         self.words = HFEncoder(name_or_path, max_length, dtype)
         self.dtype = self.words.dtype
-        if "gemma" not in (kind := self.words.model.config.model_type):
-            raise UserError(
-                f"text_encoder.name_or_path {name_or_path}: is a {kind}, and LTX-2 reads Gemma 3: name one"
-            )
+        _require_gemma(name_or_path, self.words.model.config)
         self.folder = connectors_folder(name_or_path, connectors)
         self.connectors = load_connectors(self.folder, self.dtype)
         self.to(next(self.words.model.parameters()).device)
         sizes = self.connectors.sizes
         self.dim = sizes.width("video") + sizes.width("audio")
-        states = self.words.model.config.num_hidden_layers + 1
-        if (self.words.dim, states) != (sizes.caption_channels, sizes.text_proj_in_factor):
-            raise UserError(
-                f"text_encoder.connectors {self.folder}: made for a language model of "
-                f"{sizes.caption_channels} channels and {sizes.text_proj_in_factor - 1} layers; "
-                f"{name_or_path} has {self.words.dim} and {states - 1}: name the one that they came with"
-            )
-        for connector in (self.connectors.video_connector, self.connectors.audio_connector):
-            if max_length % (registers := len(connector.learnable_registers)):
-                raise UserError(
-                    f"text_encoder.max_length {max_length} is no multiple of the connectors' {registers} "
-                    f"registers: set text_encoder.max_length={-(-max_length // registers) * registers}"
-                )
+        _require_fit(name_or_path, self.words.model.config, self.folder, sizes, max_length)
 
     def to(self, device: torch.device | str) -> LTX2Encoder:
         """Move both parts; embeddings then come on that device."""
@@ -137,14 +122,53 @@ class LTX2Encoder:
 
 def connectors_folder(name_or_path: str, connectors: str) -> Path:
     """The folder that is named, else the one beside the language model."""
-    return Path(connectors) if connectors else Path(name_or_path).parent / "connectors"
+    return Path(connectors) if connectors else Path(model_folder(name_or_path)).parent / "connectors"
+
+
+def _require_gemma(name_or_path: str, config: Any) -> None:
+    if "gemma" not in config.model_type:
+        raise UserError(
+            f"text_encoder.name_or_path {name_or_path}: is a {config.model_type}, and LTX-2 reads Gemma 3: "
+            "name one"
+        )
+
+
+def _require_fit(
+    name_or_path: str, config: Any, folder: Path, sizes: ConnectorSizes, max_length: int
+) -> None:
+    """The connectors are those of the language model, whose text part has this ``config``."""
+    layers = config.num_hidden_layers
+    if (config.hidden_size, layers + 1) != (sizes.caption_channels, sizes.text_proj_in_factor):
+        raise UserError(
+            f"text_encoder.connectors {folder}: made for a language model of "
+            f"{sizes.caption_channels} channels and {sizes.text_proj_in_factor - 1} layers; "
+            f"{name_or_path} has {config.hidden_size} and {layers}: name the one that they came with"
+        )
+    for modality in ("video", "audio"):
+        if max_length % (registers := getattr(sizes, f"{modality}_connector_num_learnable_registers")):
+            raise UserError(
+                f"text_encoder.max_length {max_length} is no multiple of the connectors' {registers} "
+                f"registers: set text_encoder.max_length={-(-max_length // registers) * registers}"
+            )
+
+
+def check(config: TextEncoderConfig) -> int:
+    """Channels of the encoder that a recipe names, without reading its weights; raises what `build` would, as
+    far as can be told so."""
+    opened = open_model(model_folder(config.name_or_path), config.max_length, getattr(torch, config.dtype))
+    _require_gemma(config.name_or_path, opened.config)
+    folder = connectors_folder(config.name_or_path, config.connectors)
+    sizes = read_sizes(folder)
+    text = opened.config.get_text_config()
+    _require_fit(config.name_or_path, text, folder, sizes, config.max_length)
+    return sizes.width("video") + sizes.width("audio")
 
 
 def describe(config: TextEncoderConfig) -> dict[str, Any]:
     """What `LTX2Encoder.save` writes of the encoder that a recipe names, but for its fingerprint."""
     return {
         "type": "ltx2",
-        "name_or_path": whole_path(config.name_or_path),
+        "name_or_path": whole_path(model_folder(config.name_or_path)),
         "connectors": whole_path(str(connectors_folder(config.name_or_path, config.connectors))),
         "max_length": config.max_length,
         "dtype": config.dtype,

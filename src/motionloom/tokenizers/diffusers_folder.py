@@ -47,6 +47,8 @@ def load(folder: Path, names: Mapping[str, str], dtype: torch.dtype) -> nn.Modul
         UserError: there is no such folder, it holds another class, its config has values that the class
             cannot use, or its weights are missing, damaged or not those that the config describes.
     """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; check the path")
     found = class_named_in(folder)
     if found is None:
         raise UserError(f"{folder}: no diffusers model here ({CONFIG} is missing): name the model's folder")

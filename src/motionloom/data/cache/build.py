@@ -36,7 +36,7 @@ from motionloom.data.cache.text import cache_text, is_trained
 from motionloom.data.manifest import ManifestEntry, Problem, Problems
 from motionloom.data.media import write_atomic
 from motionloom.errors import UserError
-from motionloom.text import TextEncoder, build_text_encoder
+from motionloom.text import TextEncoder, build_text_encoder, check_text_encoder
 from motionloom.tokenizers import (
     Tokenizer,
     VaeTokenizer,
@@ -123,6 +123,9 @@ def build_cache(
     began = time.monotonic()
     out = Path(out)
     _check_request(recipe, entries, out)
+    if text_encoder is None and not is_trained(recipe):
+        # The clips take hours, and a wrong path to the words should not show behind them.
+        check_text_encoder(recipe.text_encoder)
     with _locked(out):
         tokenizer = _settle_tokenizer(recipe, entries, out, tokenizer, on_progress)
         if isinstance(tokenizer, VaeTokenizer) and torch.cuda.is_available():
