@@ -8,6 +8,7 @@ from __future__ import annotations
 import gc
 import json
 import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -301,6 +302,38 @@ def test_long_bfloat16_attention_in_blocks_equals_the_dense_softmax(way, monkeyp
     got = outcome(run(everything(70, 1100), way, *leaves), leaves)
     assert_close(got, by_definition(None, leaves), torch.bfloat16, way)
     assert_close(outcome(attend(*leaves), leaves), by_definition(None, leaves), torch.bfloat16, "attend")
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("way", ["rule", "dense", "segments", "merge"])
+@pytest.mark.parametrize("hidden", ["a sample's keys", "a scene's keys"])
+def test_who_would_see_nothing_sees_all(hidden: str, way: str, dtype: torch.dtype) -> None:
+    """All valid keys, or all there are if none is valid; alike by every way, and finite."""
+    a = tokens()
+    other = replace(a, scene_BN=a.scene_BN + (hidden == "a scene's keys"))
+    valid = None
+    if hidden == "a sample's keys":
+        valid = torch.ones(BATCH, a.scene_BN.shape[1], dtype=torch.bool)
+        valid[1] = False
+    allowed = same_scene.allows(other.queries(), a.keys()).expand(BATCH, -1, -1)
+    wanted_mask = allowed | ~allowed.any(-1, keepdim=True)
+    assert not allowed.any(-1).all() or valid is not None
+    leaves = inputs(a.scene_BN.shape[1], a.scene_BN.shape[1], dtype)
+    with nullcontext() if way == "rule" else pinned(way):
+        got = outcome(attend(*leaves, lower(same_scene, other, a, valid)), leaves)
+    assert_close(got, by_definition(wanted_mask, leaves), dtype, way)
+
+
+def test_gradients_of_gradients_are_refused_and_not_wrong() -> None:
+    a = tokens()
+    n = a.scene_BN.shape[1]
+    for way, dtype in (("segments", torch.float32), ("dense", torch.bfloat16)):
+        leaves = inputs(n, n, dtype)
+        with pinned(way):
+            out = attend(*leaves, lower(same_scene, a, a))
+        (slope,) = torch.autograd.grad(out.float().square().sum(), leaves[0], create_graph=True)
+        with pytest.raises(RuntimeError, match="once_differentiable"):
+            slope.float().square().sum().backward()
 
 
 # --- choice -------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from motionloom.train.lora import (
     layer_shapes,
     merge_into_base,
     merged,
+    merged_together,
 )
 from motionloom.train.lora_files import checkpoint_adapters, read_lora, write_lora
 from test_cli import call
@@ -252,6 +253,34 @@ def test_several_loras_add_up_by_their_strengths() -> None:
     assert far(net(x()), by_hand(x())) < 1e-6
 
 
+@pytest.mark.parametrize("order", [(True, False), (False, True), (True, True)])
+def test_dora_beside_others_is_the_same_in_memory_and_in_files(order: tuple[bool, bool]) -> None:
+    """Whatever the order, each adapter stands beside the bare base."""
+    files = [(adapters_of(adapted("up", seed=i, dora=dora)), 1.0 - 0.5 * i) for i, dora in enumerate(order)]
+    net, by_hand = Net(), Net()
+    for i, (adapters, strength) in enumerate(files):
+        attach(net, adapters, f"file{i}", strength)
+    for name in files[0][0]:
+        weight = by_hand.get_submodule(name).weight
+        weight.data = merged_together(weight.data, [(a[name], strength) for a, strength in files])
+    merge_into_base(net)
+    assert far(net(x()), by_hand(x())) < 1e-6
+
+
+def test_a_merge_that_fails_half_way_leaves_the_base_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    net = adapted()
+    before = {name: t.clone() for name, t in net.state_dict().items()}
+    last = [part for part in net.modules() if hasattr(part, "lora_A")][-1]
+
+    def fail() -> None:
+        raise MemoryError("none left")
+
+    monkeypatch.setattr(last, "merge", fail)
+    with pytest.raises(MemoryError), merged(net):
+        pass
+    assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
+
+
 # --- files --------------------------------------------------------------------------------------------------
 
 WAN_LAYERS = ("blocks.0.attn1.to_q", "blocks.11.attn2.to_out.0", "blocks.1.ffn.net.0.proj")
@@ -320,6 +349,25 @@ def test_files_of_other_trainers_are_read(prefix: str, names: tuple[str, str], t
     save_file({k: t for k, t in tensors.items() if "alpha" not in k}, tmp_path / "b.safetensors")
     read = read_lora(tmp_path / "b.safetensors", WAN_LAYERS, WAN.original_keys)
     assert {one.alpha for one in read.values()} == {2.0}, "without alpha it is the rank"
+
+
+def test_rank_stable_scales_and_doubled_layers_are_not_misread(tmp_path: Path) -> None:
+    adapters = {"layers.0.up": Adapter(torch.ones(4, 8), torch.ones(8, 4), 8.0)}
+    write_lora(tmp_path / "plain.safetensors", adapters, "diffusers")
+    tensors = load_file(tmp_path / "plain.safetensors")
+    header = {
+        "lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 8, "transformer.use_rslora": True})
+    }
+    save_file(tensors, tmp_path / "stable.safetensors", metadata=header)
+    (one,) = read_lora(tmp_path / "stable.safetensors", ["layers.0.up"], None).values()
+    assert one.alpha / one.rank == pytest.approx(8 / 4**0.5)
+    twice = {
+        **tensors,
+        **{name.replace("transformer", "diffusion_model"): t.clone() for name, t in tensors.items()},
+    }
+    save_file(twice, tmp_path / "twice.safetensors")
+    with pytest.raises(UserError, match=r"adapts layers\.0\.up twice"):
+        read_lora(tmp_path / "twice.safetensors", ["layers.0.up"], None)
 
 
 def test_wrong_files_are_refused_in_one_line(tmp_path: Path) -> None:

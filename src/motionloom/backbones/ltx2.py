@@ -39,7 +39,6 @@ from motionloom.backbones.ltx2_reach import (
     Reach,
     counts_as_one,
     cross_levels,
-    some_valid,
 )
 from motionloom.backbones.ltx2_rope import own_tables, shared_tables
 from motionloom.backbones.ltx2_sizes import PRESETS, LTX2Sizes
@@ -296,10 +295,10 @@ class LTX2(nn.Module):
         side = Side(
             modulation=Modulation(parts, levels),
             rotary=own_tables(self.sizes, stream.modality, reach.position(stream)),
-            pattern=lower(reach.visibility, mine, keys, some_valid(valid)),
+            pattern=lower(reach.visibility, mine, keys, valid),
             text_BLD=None,
             text_modulation=text_modulation,
-            text_pattern=lower(reach.visibility, mine, words, some_valid(words_valid)),
+            text_pattern=lower(reach.visibility, mine, words, words_valid),
             cross=self._cross(stream, others[0], reach) if others else None,
         )
         return side, Modulation(embedded, levels)
@@ -316,7 +315,7 @@ class LTX2(nn.Module):
         return Cross(
             modulation=Modulation(torch.cat([parts, gate], dim=2), level_BN),
             rotary=shared_tables(self.sizes, reach.position(stream)),
-            pattern=lower(reach.visibility, mine, keys, some_valid(valid)),
+            pattern=lower(reach.visibility, mine, keys, valid),
             answered_BN1=None if answered is None else answered.to(parts.dtype),
         )
 

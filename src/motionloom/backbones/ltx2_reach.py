@@ -210,11 +210,6 @@ def counts_as_one(visibility: Visibility) -> bool:
     return visibility.unrestricted
 
 
-def some_valid(valid_BK: Tensor | None) -> Tensor | None:
-    """Samples that have no valid key get all of them: a softmax over nothing is not finite."""
-    return None if valid_BK is None else valid_BK | ~valid_BK.any(dim=1, keepdim=True)
-
-
 def _as_is(name: str, k_BPHX: Tensor) -> Tensor:
     return k_BPHX
 

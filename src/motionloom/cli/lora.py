@@ -72,6 +72,7 @@ def merge(base: Path, out: Path, wishes: Sequence[str], as_json: bool) -> None:
     from motionloom.backbones.families import CONFIG_NOTE, recognise
     from motionloom.backbones.weights import DIFFUSERS_NAME, Sink, open_weights, write_file, write_folder
     from motionloom.cli.convert import check_target
+    from motionloom.train.lora import merged_together
 
     check_target(out)
     _refuse_run(base)
@@ -90,9 +91,9 @@ def merge(base: Path, out: Path, wishes: Sequence[str], as_json: bool) -> None:
     def read(name: str) -> Tensor:
         weight = plain.read(name)
         dtype, layer = weight.dtype, name.removesuffix(".weight")
-        for adapters, strength in files if name.endswith(".weight") else ():
-            if layer in adapters:
-                weight = adapters[layer].merged(weight.float(), strength)
+        if name.endswith(".weight"):
+            here = [(adapters[layer], strength) for adapters, strength in files if layer in adapters]
+            weight = merged_together(weight, here) if here else weight
         return weight.to(dtype)
 
     console = Out(as_json)

@@ -16,7 +16,7 @@ from motionloom.nn.attention import CHOICES, Pattern, prepare_mask
 from motionloom.nn.attention.pattern import Plan
 from motionloom.nn.attention.regions import Rule
 from motionloom.plans.stream import Attributes
-from motionloom.plans.visibility import Visibility, dense_mask
+from motionloom.plans.visibility import Visibility, dense_mask, some_valid
 
 SMALL_PAIRS = 2**18
 """So few pairs are best masked, and compiled code can look into it."""
@@ -34,6 +34,7 @@ def lower(
     is little to see or no structure in it. The last few are remembered by what the attributes say: sampling
     asks the same at every step.
     """
+    k_valid_BK = some_valid(k_valid_BK)
     if visibility.unrestricted and k_valid_BK is None:
         return None
     few = q.scene_BN.shape[1] * k.scene_BN.shape[1] <= SMALL_PAIRS

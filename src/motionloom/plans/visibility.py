@@ -266,13 +266,18 @@ def dense_mask(
     """The reference: a boolean mask (B, Q, K), True where attention is allowed; None if all of it is.
 
     Padding keys are hidden from everyone. A query that would see nothing at all (a padding query under a
-    narrow rule) is shown every valid key, so that softmax stays finite; nothing reads such a row.
+    narrow rule, video without a caption) is shown every valid key, so that softmax stays finite.
     """
+    k_valid_BK = some_valid(k_valid_BK)
     if visibility.unrestricted:
         return None if k_valid_BK is None else k_valid_BK[:, None, :]
     mask_BQK = visibility.allows(q.queries(), k.keys())
     if k_valid_BK is not None:
         mask_BQK = mask_BQK & k_valid_BK[:, None, :]
-        nothing = ~mask_BQK.any(dim=-1, keepdim=True)
-        mask_BQK = mask_BQK | (nothing & k_valid_BK[:, None, :])
-    return mask_BQK
+    nothing_BQ1 = ~mask_BQK.any(dim=-1, keepdim=True)
+    return mask_BQK | (nothing_BQ1 if k_valid_BK is None else nothing_BQ1 & k_valid_BK[:, None, :])
+
+
+def some_valid(valid_BK: Tensor | None) -> Tensor | None:
+    """Samples without any valid key get all of them: a softmax over nothing is not finite."""
+    return None if valid_BK is None else valid_BK | ~valid_BK.any(dim=1, keepdim=True)

@@ -67,6 +67,16 @@ class Adapter:
         return whole_OI.to(weight_OI.dtype)
 
 
+def merged_together(weight_OI: Tensor, adapters: Sequence[tuple[Adapter, float]]) -> Tensor:
+    """A layer's weight with several adapters in it, each with its strength, in float32.
+
+    Each stands beside the base alone, so their order does not matter. (peft, before a merge, lets a DoRA
+    scale the adapters that come before it as well.)
+    """
+    base_OI = weight_OI.float()
+    return base_OI + sum((one.merged(base_OI, strength) - base_OI for one, strength in adapters), 0.0)
+
+
 def choose_modules(module: nn.Module, patterns: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """Which linear layers each pattern of ``lora.targets`` takes, by pattern.
 
@@ -323,15 +333,16 @@ def merged(module: nn.Module) -> Iterator[None]:
     """
     layers = lora_layers(module).values()
     own = [layer.get_base_layer().weight.detach().clone() for layer in layers]
-    with torch.no_grad():
-        for layer in layers:
-            layer.merge()
     try:
+        with torch.no_grad():
+            for layer in layers:
+                layer.merge()
         yield
     finally:
         with torch.no_grad():
             for layer, weight in zip(layers, own, strict=True):
-                layer.unmerge()
+                if layer.merged:
+                    layer.unmerge()
                 layer.get_base_layer().weight.copy_(weight)
 
 
@@ -339,10 +350,24 @@ def merge_into_base(module: nn.Module) -> None:
     """Add the adapters to the weights for good, and take peft's layers out again."""
     for name, layer in lora_layers(module).items():
         with torch.no_grad():
-            layer.merge()
+            base = layer.get_base_layer().weight
+            base.copy_(merged_together(base, _adapters(layer)))
         parent, _, own = name.rpartition(".")
         setattr(module.get_submodule(parent), own, layer.get_base_layer())
     module.__dict__.pop("peft_config", None)
+
+
+def _adapters(layer: Layer) -> list[tuple[Adapter, float]]:
+    """What stands beside a layer, its strength in its scale."""
+    found = []
+    for name, down in layer.lora_A.items():
+        lengths = layer.lora_magnitude_vector
+        magnitude_O = lengths[name].weight if name in lengths else None
+        rank = down.weight.shape[0]
+        found.append(
+            (Adapter(down.weight, layer.lora_B[name].weight, layer.scaling[name] * rank, magnitude_O), 1.0)
+        )
+    return found
 
 
 def fingerprint(names: Iterable[str], read: Callable[[str], Tensor]) -> str:

@@ -162,7 +162,9 @@ def read_lora(path: Path, layers: Collection[str], original: KeyMap | None = Non
         if layer is None:
             raise UserError(f"{path} adapts {bare}, which this model does not have: it is of another model")
         alpha = _said_alpha(settings, bare)
-        adapters[layer] = _adapter(layer, parts, alpha, str(path))
+        if layer in adapters:
+            raise UserError(f"{path} adapts {layer} twice, under two names: write it again")
+        adapters[layer] = _adapter(layer, parts, alpha, str(path), bool(settings.get("use_rslora")))
     return adapters
 
 
@@ -190,7 +192,9 @@ def _collect(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def _adapter(layer: str, parts: Mapping[str, Tensor], alpha: float | None, where: str) -> Adapter:
+def _adapter(
+    layer: str, parts: Mapping[str, Tensor], alpha: float | None, where: str, rank_stable: bool = False
+) -> Adapter:
     if missing := [kind for kind in ("down", "up") if kind not in parts]:
         raise UserError(f"{where}: the {missing[0]}-projection of {layer} is missing: copy it again")
     down_RI, up_OR = parts["down"], parts["up"]
@@ -199,15 +203,18 @@ def _adapter(layer: str, parts: Mapping[str, Tensor], alpha: float | None, where
             f"{where}: the matrices of {layer} do not fit together "
             f"({tuple(down_RI.shape)} and {tuple(up_OR.shape)}): it is damaged, or not of linear layers"
         )
-    if "alpha" in parts:
-        alpha = float(parts["alpha"])
-    magnitude = parts.get("magnitude")
-    return Adapter(
-        down_RI,
-        up_OR,
-        float(down_RI.shape[0]) if alpha is None else alpha,
-        None if magnitude is None else magnitude.flatten(),
-    )
+    rank, magnitude = down_RI.shape[0], parts.get("magnitude")
+    said = parts.get("alpha")
+    if not rank or (said is not None and said.numel() != 1):
+        raise UserError(f"{where}: the rank or alpha of {layer} is no number above 0: copy it again")
+    if magnitude is not None and magnitude.numel() != up_OR.shape[0]:
+        raise UserError(
+            f"{where}: {layer} has {up_OR.shape[0]} rows and lengths of {magnitude.numel()}: it is damaged"
+        )
+    alpha = float(said) if said is not None else alpha if alpha is not None else float(rank)
+    if rank_stable:  # alpha / sqrt(rank) (2312.03732) said as alpha / rank
+        alpha *= rank**0.5
+    return Adapter(down_RI, up_OR, alpha, None if magnitude is None else magnitude.flatten())
 
 
 def _own_settings(header: Mapping[str, str], path: Path) -> dict[str, object]:

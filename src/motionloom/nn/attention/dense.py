@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 MATMUL_KEYS = 1024
 """Beyond so many keys the CPU goes back to SDPA, which never holds all scores."""
@@ -67,6 +68,7 @@ class _Matmul(torch.autograd.Function):
         return p @ v
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, p = ctx.saved_tensors
         grad = grad.to(v.dtype)
