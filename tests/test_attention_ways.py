@@ -371,6 +371,12 @@ def test_large_problems_are_measured_once_and_a_resume_chooses_alike(monkeypatch
     # A new run in the same folder owes nothing to an old one's.
     with Choices().keep_in(file, resume=False):
         assert not file.exists()
+    # What this version does not know is measured anew.
+    file.write_text(json.dumps({key: {"merge/bogus": 1.0}}))
+    other = Choices()
+    monkeypatch.setattr("motionloom.nn.attention.dispatch.CHOICES", other)
+    with other.keep_in(file, resume=True):
+        assert chosen(plan, *leaves, needs_gradient=True) in ways(plan, leaves[0], needs_gradient=True)
     file.write_text("[1, 2")
     with pytest.raises(UserError, match="is damaged"), Choices().keep_in(file, resume=True):
         pass

@@ -48,20 +48,23 @@ class Choices:
         """
         if resume and file.is_file():
             try:
-                self._seconds |= {key: dict(seconds) for key, seconds in json.loads(file.read_text()).items()}
-            except (ValueError, TypeError, AttributeError) as error:
+                self._seconds |= {
+                    key: {way: float(t) for way, t in seconds.items()}
+                    for key, seconds in json.loads(file.read_text()).items()
+                }
+            except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
                 raise UserError(
                     f"{file} is damaged ({error}): remove it; attention is then measured anew, and the "
                     "resume is exact but for rounding"
                 ) from None
         if not resume:
             file.unlink(missing_ok=True)
-        self._file = file
+        before, self._file = self._file, file
         self._write()
         try:
             yield
         finally:
-            self._file = None
+            self._file = before
 
     def _write(self) -> None:
         if self._file is None or not self._seconds:

@@ -116,11 +116,10 @@ def flops(plan: Plan, q: Tensor) -> int:
 
 def chosen(plan: Plan, q: Tensor, k: Tensor, v: Tensor, needs_gradient: bool) -> str:
     """The way to take: the pinned one, the sure one where little is to be done, else the quickest."""
-    key = problem(plan, q, needs_gradient)
+    key, names = problem(plan, q, needs_gradient), ways(plan, q, needs_gradient)
     known = None if CHOICES.pinned else CHOICES.known(key)
-    if known and (known in ("dense", "flex") or plan.calls(known.split("/")[0]) is not None):
+    if known is not None and known in names:
         return known
-    names = ways(plan, q, needs_gradient)
     wanted = CHOICES.pinned and matching(CHOICES.pinned, names)
     if wanted:
         return wanted
