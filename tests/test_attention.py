@@ -12,7 +12,7 @@ from motionloom.nn.attention import attend, fused_attention, matmul_attention, p
 from motionloom.nn.modulation import one_hot_levels, per_token
 from motionloom.nn.norms import HeadNorm
 from motionloom.nn.patching import patchify, unpatchify
-from motionloom.nn.rope import SPACE, TIME, no_rotation, rotary, rotate
+from motionloom.nn.rope import SPACE, TIME, rotary, rotate
 from motionloom.nn.windows import window_side, windows
 from motionloom.rng import torch_generator
 
@@ -127,12 +127,6 @@ def test_neighbours_are_told_apart_and_the_far_end_stays_unambiguous():
     slow = TIME.frequencies(8)[-1], SPACE.frequencies(12)[-1]
     assert 60 * slow[0] < torch.pi
     assert 3000 * slow[1] < torch.pi
-
-
-def test_words_stand_nowhere():
-    tables = no_rotation(rotary(draw(2, 5, 3, dtype=torch.float32), (TIME, SPACE, SPACE), 16), tokens=4)
-    x = draw(2, 4, 16, dtype=torch.float32)
-    assert torch.equal(rotate(x, tables), x)
 
 
 def test_head_norm_bounds_the_logits():

@@ -27,10 +27,26 @@ if TYPE_CHECKING:
 BACKBONES: dict[str, type[Factorized] | type[Joint]] = {"factorized": Factorized, "joint": Joint}
 """The own backbones by ``model.type``; the published ones are in ``families.FAMILIES``."""
 
+Asks: TypeAlias = dict[str, tuple[tuple[str, ...], tuple[str, ...]]]
+"""Attentions by name: the modalities that ask, and those that answer."""
+
+JOINED: Asks = {"text and video": (("text", "video"), ("text", "video"))}
+CROSSED: Asks = {"self": (("video",), ("video",)), "text": (("video",), ("text",))}
+ATTENTIONS: dict[str, Asks] = {
+    "factorized": {"text": CROSSED["text"]},
+    "joint": JOINED,
+    "cogvideox": JOINED,
+    "wan": CROSSED,
+    "ltx2": CROSSED,
+}
+"""What goes through ``plans.lower`` where video and text are all there is, by ``model.type``. ``factorized``
+attends in space and time in small groups besides, always by reshape."""
+
 BackboneModule: TypeAlias = "Factorized | Joint | Wan | CogVideoX | LTX2"
 """What :func:`build_backbone` builds: a module that is a :class:`Backbone`."""
 
 __all__ = [
+    "ATTENTIONS",
     "BACKBONES",
     "FAMILIES",
     "Backbone",

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from motionloom.backbones import ATTENTIONS
 from motionloom.config.recipe import Recipe
 from motionloom.nn.attention import CHOICES, Pattern
 from motionloom.nn.attention.choice import best
@@ -19,8 +20,6 @@ from motionloom.nn.attention.dispatch import problem, trial, ways
 from motionloom.plans import Geometry, Plan, Text, join_attributes, to_streams
 from motionloom.plans.lower import lower
 
-JOINT = ("joint", "cogvideox")
-"""Backbones in which words and video share one attention."""
 SCENES = 3
 """Scenes of the clip, where a plan has scenes."""
 AFFORDABLE_FLOPS = 4e9
@@ -44,17 +43,9 @@ def attention_rows(
     """
     with torch.random.fork_rng(devices=[]):
         streams, visibility = _clip(recipe, plan, grid)
-    text, video = streams["text"].attributes, streams["video"].attributes
-    if recipe.model.type in JOINT:
-        both = join_attributes([text, video])
-        pairs = {"text and video": (both, both)}
-    else:
-        pairs = {"self": (video, video), "text": (video, text)}
-    if recipe.model.type == "factorized":
-        # Space and time are attended to in small groups, always by reshape.
-        del pairs["self"]
     rows = []
-    for name, (q, k) in pairs.items():
+    for name, sides in ATTENTIONS[recipe.model.type].items():
+        q, k = (join_attributes([streams[modality].attributes for modality in side]) for side in sides)
         row: dict[str, Any] = {"attention": name, "queries": q.scene_BN.shape[1], "keys": k.scene_BN.shape[1]}
         rows.append(row | _row(lower(visibility, q, k), row["queries"] * row["keys"], recipe, backbone))
     return rows

@@ -61,12 +61,6 @@ def rotary(position_BNA: Tensor, axes: tuple[Axis, ...], dim: int) -> Rotary:
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
-def no_rotation(tables: Rotary, tokens: int) -> Rotary:
-    """Tables of ``tokens`` tokens that stand nowhere (text), beside ``tables``."""
-    cos, sin = (t[..., :1, :].expand(*t.shape[:-2], tokens, t.shape[-1]) for t in tables)
-    return torch.ones_like(cos), torch.zeros_like(sin)
-
-
 def rotate(x: Tensor, tables: Rotary) -> Tensor:
     """Turn pairs (i, i + D/2) of the last dimension by the token's angles; tables broadcast over heads."""
     cos, sin = tables

@@ -27,7 +27,6 @@ from motionloom.backbones.keys import Origin
 from motionloom.errors import UserError
 
 PICKLES = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"}
-USUAL = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 """Of several files in a folder, the one that is meant; others are variants of it."""
 DTYPES = {
     "F64": torch.float64,

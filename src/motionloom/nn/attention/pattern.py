@@ -60,8 +60,8 @@ class Plan:
         for mark, same in itertools.groupby(range(self.batch), marks.__getitem__):
             samples = list(same)
             self.parts.append(Part(slice(samples[0], samples[-1] + 1), covers[mark]))
-        self.made: dict[str, Any] = {}
-        """What the ways keep here, by their names."""
+        self.made: dict[object, Any] = {}
+        """What the ways keep here: every layer and every step asks again."""
 
     @property
     def pairs(self) -> int:
@@ -91,6 +91,12 @@ class Plan:
 
     def calls(self, way: str) -> list[tuple[slice, list[Call]]] | None:
         """``segments`` or ``merge`` for every sample, None where that does not apply."""
+        if ("calls", way) not in self.made:
+            self.made["calls", way] = self._calls(way)
+        made: list[tuple[slice, list[Call]]] | None = self.made["calls", way]
+        return made
+
+    def _calls(self, way: str) -> list[tuple[slice, list[Call]]] | None:
         found = []
         for samples, cover in self.parts:
             calls: list[Call] | None = getattr(cover, way)
