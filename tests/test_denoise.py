@@ -88,7 +88,7 @@ def test_ddpm_objectives_equal_their_direct_form(kind: str, schedule: Any) -> No
     steps, batch = 50, embedded(toy_batch(6))
     table = DiscreteSchedule(schedule, steps)
     t_B1 = torch.randint(steps, (6, 1), generator=CONTEXT.generator("sigma"))
-    clean_BNC = batch.latents_BFHWC.flatten(1, 3)
+    clean_BNC = batch.video.x_BFHWC.flatten(1, 3)
     noise_BNC = torch.randn(clean_BNC.unflatten(1, (FRAMES, -1)).shape, generator=CONTEXT.generator("noise"))
     noise_BNC = noise_BNC.flatten(1, 2)
     abar_B11 = table.alpha_bar()[t_B1].float()[..., None]
@@ -130,7 +130,7 @@ def test_ddpm_objectives_equal_their_direct_form(kind: str, schedule: Any) -> No
 def test_the_right_answer_costs_nothing_and_a_wrong_one_something(path: str, prediction: Any) -> None:
     batch = embedded(toy_batch(8))
     noise_BNC = torch.randn((8, FRAMES, 4, CHANNELS), generator=CONTEXT.generator("noise")).flatten(1, 2)
-    clean_BNC = batch.latents_BFHWC.flatten(1, 3)
+    clean_BNC = batch.video.x_BFHWC.flatten(1, 3)
 
     def right(streams: Streams) -> Tensor:
         return from_pair(prediction, clean_BNC, noise_BNC, streams["video"].sigma_BN, PATHS[path])
@@ -147,7 +147,7 @@ def test_flow_loss_is_the_mean_squared_velocity_error() -> None:
     noise_BNC = torch.randn((4, FRAMES, 4, CHANNELS), generator=CONTEXT.generator("noise")).flatten(1, 2)
     backbone = Answer(lambda s: torch.zeros_like(s["video"].x_BNC))
     losses = denoise(backbone).losses(batch, CONTEXT)
-    wanted_B = (noise_BNC - batch.latents_BFHWC.flatten(1, 3)).square().mean(dim=(1, 2))
+    wanted_B = (noise_BNC - batch.video.x_BFHWC.flatten(1, 3)).square().mean(dim=(1, 2))
     torch.testing.assert_close(losses.loss_B, wanted_B)
     assert losses.sigma_B is not None
     torch.testing.assert_close(losses.sigma_B, backbone.fed[0]["video"].sigma_BN[:, 0])
@@ -191,7 +191,7 @@ def test_given_frames_go_in_bit_identical_and_count_nothing() -> None:
     video = backbone.fed[0]["video"]
     given_B = video.sigma_BN[:, 0] == 0
     assert 0 < given_B.sum() < 8
-    clean_BNC = batch.latents_BFHWC.flatten(1, 3)
+    clean_BNC = batch.video.x_BFHWC.flatten(1, 3)
     cells = 4
     assert torch.equal(video.x_BNC[given_B, :cells], clean_BNC[given_B, :cells])
     assert not (video.x_BNC[:, cells:] == clean_BNC[:, cells:]).any()
@@ -287,14 +287,14 @@ def test_token_geometry() -> None:
 def test_predictor_converts_each_token_at_its_own_level() -> None:
     """With the first frame clean and the second noisy, both halves come back finite and right."""
     batch = embedded(toy_batch(8))
-    backbone = Answer(lambda s: batch.latents_BFHWC.flatten(1, 3))
+    backbone = Answer(lambda s: batch.video.x_BFHWC.flatten(1, 3))
     denoise(backbone, FirstFrame(probability=1.0)).losses(batch, CONTEXT)
     streams = backbone.fed[0]
     velocity_BNC = Predictor(backbone, "clean", LINEAR).velocity(streams, TextToVideo)["video"]  # type: ignore[arg-type]
     assert velocity_BNC.isfinite().all()
     video = streams["video"]
     back_BNC = video.x_BNC - video.sigma_BN[..., None] * velocity_BNC
-    torch.testing.assert_close(back_BNC, batch.latents_BFHWC.flatten(1, 3), atol=1e-5, rtol=0)
+    torch.testing.assert_close(back_BNC, batch.video.x_BFHWC.flatten(1, 3), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("model", ["factorized", "joint"])
@@ -335,9 +335,7 @@ def test_one_sample_is_learnt_by_heart(tmp_path: Path) -> None:
                 batch,
                 ids=batch.ids * 16,
                 captions=batch.captions * 16,
-                latents_BFHWC=batch.latents_BFHWC.expand(16, -1, -1, -1, -1),
-                seconds_BF=batch.seconds_BF.expand(16, -1),
-                scene_BF=batch.scene_BF.expand(16, -1),
+                latents={"video": batch.video.map(lambda t: t.expand(16, *t.shape[1:]))},
                 text=Text(*(t.expand(16, *t.shape[1:]) for t in vars(batch.text).values())),
             )
             while True:

@@ -50,8 +50,8 @@ def take(loader: Loader, count: int, start: int = 0) -> list[Batch]:
 
 
 def equal(a: Batch, b: Batch) -> bool:
-    tensors = ("latents_BFHWC", "seconds_BF", "scene_BF")
-    same = all(torch.equal(getattr(a, name), getattr(b, name)) for name in tensors)
+    tensors = ("x_BFHWC", "seconds_BF", "scene_BF")
+    same = all(torch.equal(getattr(a.video, name), getattr(b.video, name)) for name in tensors)
     return same and a.ids == b.ids and a.captions == b.captions
 
 
@@ -153,9 +153,9 @@ def test_a_process_that_stops_in_the_middle_ends(cache: Cache) -> None:
 def test_examples_show_every_shape_that_training_will_see(cache: Cache) -> None:
     loader = Loader(cache, bucketed())
     examples = loader.examples()
-    shapes = {name: tuple(batch.latents_BFHWC.shape) for name, batch in examples.items()}
+    shapes = {name: tuple(batch.video.x_BFHWC.shape) for name, batch in examples.items()}
     assert set(shapes) == {row.shape for row in loader.report()}
-    assert {tuple(batch.latents_BFHWC.shape) for batch in take(loader, 40)} == set(shapes.values())
+    assert {tuple(batch.video.x_BFHWC.shape) for batch in take(loader, 40)} == set(shapes.values())
 
 
 def test_ranks_share_each_batch(cache: Cache) -> None:
@@ -163,7 +163,7 @@ def test_ranks_share_each_batch(cache: Cache) -> None:
     parts = [take(Loader(cache, bucketed(train={"batch_size": 2}), rank, 2), 30) for rank in (0, 1)]
     for whole, *split in zip(together, *parts, strict=True):
         assert whole.ids == split[0].ids + split[1].ids
-        assert split[0].latents_BFHWC.shape == split[1].latents_BFHWC.shape
+        assert split[0].video.x_BFHWC.shape == split[1].video.x_BFHWC.shape
         within_a_pass = len(set(whole.ids)) == 4
         if within_a_pass:
             assert not set(split[0].ids) & set(split[1].ids)
@@ -193,7 +193,7 @@ def test_heldout_ranks_see_equally_many_batches(cache: Cache) -> None:
     batches = [list(loader.batches()) for loader in ranks]
     assert len({len(found) for found in batches}) == 1
     for together in zip(*batches, strict=True):
-        assert len({batch.latents_BFHWC.shape for batch in together}) == 1
+        assert len({batch.video.x_BFHWC.shape for batch in together}) == 1
     everywhere = {id_ for found in batches for batch in found for id_ in batch.ids}
     assert everywhere == {id_ for batch in alone.batches() for id_ in batch.ids}
 
@@ -245,7 +245,7 @@ def test_a_bucket_smaller_than_a_batch_still_trains(cache: Cache) -> None:
     assert why["64x32x8"] == "fewer than a batch of 64 over all ranks: clips repeat within it"
     batches = take(loader, 4)
     assert {len(batch.ids) for batch in batches} == {64}
-    wide = Counter(next(b for b in take(loader, 20) if b.latents_BFHWC.shape[3] == 8).ids)
+    wide = Counter(next(b for b in take(loader, 20) if b.video.x_BFHWC.shape[3] == 8).ids)
     assert len(wide) == 6
     assert max(wide.values()) - min(wide.values()) <= 1
 
@@ -297,13 +297,13 @@ def test_fingerprint_follows_what_decides_the_order(cache: Cache) -> None:
 
 def test_batches_hold_the_cached_rows(cache: Cache) -> None:
     for batch in take(Loader(cache, bucketed()), 10):
-        assert batch.latents_BFHWC.dtype == torch.float32
-        assert batch.seconds_BF.shape == batch.scene_BF.shape == batch.latents_BFHWC.shape[:2]
+        assert batch.video.x_BFHWC.dtype == torch.float32
+        assert batch.video.seconds_BF.shape == batch.video.scene_BF.shape == batch.video.x_BFHWC.shape[:2]
         for b, id_ in enumerate(batch.ids):
             row = cache.row(cache.ids.index(id_))
-            assert torch.equal(batch.latents_BFHWC[b], row.latents_FhwC)
-            assert batch.seconds_BF[b].tolist() == [2 / FPS, 6 / FPS]
-            assert batch.scene_BF[b].tolist() == ([0, 1] if id_ == "story" else [0, 0])
+            assert torch.equal(batch.video.x_BFHWC[b], row.latents_FhwC)
+            assert batch.video.seconds_BF[b].tolist() == [2 / FPS, 6 / FPS]
+            assert batch.video.scene_BF[b].tolist() == ([0, 1] if id_ == "story" else [0, 0])
             assert batch.captions[b] == row.captions or batch.captions[b][0] in row.wordings
         assert batch.text is None
         assert batch.empty_text is None

@@ -10,7 +10,8 @@ import torch
 import torch._dynamo
 from torch import Tensor, nn
 
-from motionloom.backbones.ltx2 import LTX2, ORIGINAL_KEYS, PRESETS, LTX2Sizes, Perturbation
+from motionloom.backbones.base import Perturbation
+from motionloom.backbones.ltx2 import LTX2, ORIGINAL_KEYS, PRESETS, LTX2Sizes
 from motionloom.backbones.ltx2_reach import cross_levels
 from motionloom.errors import UserError
 from motionloom.nn.attention import pinned

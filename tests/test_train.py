@@ -70,9 +70,7 @@ class Divided:
                 whole,
                 ids=whole.ids[part],
                 captions=whole.captions[part],
-                latents_BFHWC=whole.latents_BFHWC[part],
-                seconds_BF=whole.seconds_BF[part],
-                scene_BF=whole.scene_BF[part],
+                latents={"video": whole.video.map(lambda t, part=part: t[part])},
             )
 
 
@@ -384,7 +382,7 @@ class TwoTurns:
         return ("critic", "generator") if step % 2 else ("critic",)
 
     def losses(self, batch: Batch, context: StepContext) -> Losses:
-        score_B = self.parts["critic"](self.parts["generator"](batch.latents_BFHWC)).mean(dim=(1, 2, 3, 4))
+        score_B = self.parts["critic"](self.parts["generator"](batch.video.x_BFHWC)).mean(dim=(1, 2, 3, 4))
         return Losses(score_B if context.turn == "critic" else -score_B)
 
 

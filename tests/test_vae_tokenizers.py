@@ -518,9 +518,9 @@ def test_a_cache_encodes_shot_by_shot(folder: Path, tmp_path: Path) -> None:
     (shown,), _ = sheet_clips(cache)
     assert torch.equal(torch.from_numpy(shown), seen), "inspect shows what training sees"
     batch = Loader(cache, asked).batch(0)
-    assert batch.scene_BF.tolist() == [[0, 0, 1, 1, 1, 2]]
+    assert batch.video.scene_BF.tolist() == [[0, 0, 1, 1, 1, 2]]
     # Centres of frames 0, 1-4 | 5, 6-9, 10-13 | 14, laid end to end.
-    torch.testing.assert_close(batch.seconds_BF[0] * 8, torch.tensor([0.5, 3, 5.5, 8, 12, 14.5]))
+    torch.testing.assert_close(batch.video.seconds_BF[0] * 8, torch.tensor([0.5, 3, 5.5, 8, 12, 14.5]))
 
 
 def test_tokens_of_two_frames_take_an_even_number_of_each_shot(folder: Path, tmp_path: Path) -> None:

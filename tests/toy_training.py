@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from motionloom.config.recipe import Recipe
-from motionloom.data.batch import Batch
+from motionloom.data.batch import Batch, Latents
 from motionloom.methods import Denoise
 from motionloom.parallel import Gradients, Ranks, clip_, grad_norm, parallelize, start_ranks, whole
 from motionloom.plans import PLANS, Streams, Visibility
@@ -101,9 +101,15 @@ def toy_batch(size: int, *key: int | str) -> Batch:
     noise = torch.from_numpy(rng.standard_normal(shape, dtype="float32"))
     return Batch(
         ids=[f"{key}-{i}" for i in range(size)],
-        latents_BFHWC=means[:, None, None, None, :] + 0.1 * noise,
-        seconds_BF=torch.arange(FRAMES).float().repeat(size, 1) / 4,
-        scene_BF=torch.zeros(size, FRAMES, dtype=torch.long),
+        latents={
+            "video": Latents(
+                x_BFHWC=means[:, None, None, None, :] + 0.1 * noise,
+                seconds_BF=torch.arange(FRAMES).float().repeat(size, 1) / 4,
+                span_BF2=(torch.arange(FRAMES)[:, None] + torch.tensor([-0.5, 0.5])).repeat(size, 1, 1) / 4,
+                scene_BF=torch.zeros(size, FRAMES, dtype=torch.long),
+                pixels=8,
+            )
+        },
         captions=[[c] for c in captions],
     )
 
@@ -158,7 +164,7 @@ class Regression:
         return ("main",)
 
     def losses(self, batch: Batch, context: StepContext) -> Losses:
-        x_BFHWC = batch.latents_BFHWC
+        x_BFHWC = batch.video.x_BFHWC
         wanted_BFHW = x_BFHWC.mean(dim=-1) + 1
         return Losses((self.net(x_BFHWC)[..., 0] - wanted_BFHW).square().mean(dim=(1, 2, 3)))
 

@@ -5,6 +5,7 @@ Shapes: B batch, N tokens of a stream, C channels of a token.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -14,14 +15,32 @@ from motionloom.plans.stream import Streams
 from motionloom.plans.visibility import Visibility
 
 
+@dataclass(frozen=True)
+class Perturbation:
+    """What a forward leaves out, so that guidance can point away from its answer."""
+
+    skip_self: tuple[int, ...] = ()
+    """Blocks whose self-attention hands on its values (spatio-temporal skip guidance, arXiv 2411.18664)."""
+    isolate: bool = False
+    """No attention between sound and picture (modality guidance)."""
+
+
 class Backbone(Protocol):
     """A network over streams. Single-device maths: no autocast, no environment, no mesh."""
 
     patch: tuple[int, int, int]
     """Latent cells (frames, rows, columns) that make one token."""
 
-    def __call__(self, streams: Streams, visibility: Visibility) -> dict[str, Tensor]:
-        """The prediction for every stream that is denoised, (B, N, C) by modality (text has none)."""
+    modalities: tuple[str, ...]
+    """Streams that it can denoise: ``video``, or ``video`` and ``audio``."""
+
+    def __call__(
+        self, streams: Streams, visibility: Visibility, *, perturb: Perturbation | None = None
+    ) -> dict[str, Tensor]:
+        """The prediction for every stream that is denoised, (B, N, C) by modality (text has none).
+
+        Blocks ask ``visibility.in_layer`` for their own rule.
+        """
         ...
 
     def blocks(self) -> list[nn.Module]:
@@ -43,7 +62,12 @@ class CachingBackbone(Backbone, Protocol):
         ...
 
     def __call__(
-        self, streams: Streams, visibility: Visibility, cache: KVCache | None = None
+        self,
+        streams: Streams,
+        visibility: Visibility,
+        cache: KVCache | None = None,
+        *,
+        perturb: Perturbation | None = None,
     ) -> dict[str, Tensor]:
         """As :class:`Backbone`. ``visibility`` is asked about [past, present] keys of the cache, exactly."""
         ...

@@ -22,7 +22,6 @@ D width of a stream, H heads, C channels of a token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from motionloom.backbones.base import Perturbation
 from motionloom.backbones.ltx2_block import Attention, Block, Cross, Modulation, Side
 from motionloom.backbones.ltx2_keys import ORIGINAL_KEYS
 from motionloom.backbones.ltx2_reach import (
@@ -52,20 +52,10 @@ from motionloom.plans.lower import lower
 from motionloom.plans.stream import Stream, Streams
 from motionloom.plans.visibility import Visibility
 
-__all__ = ["LTX2", "ORIGINAL_KEYS", "PRESETS", "LTX2Sizes", "Perturbation"]
+__all__ = ["LTX2", "ORIGINAL_KEYS", "PRESETS", "LTX2Sizes"]
 
 START = 0.02
 """How large gates and predictions are at first."""
-
-
-@dataclass(frozen=True)
-class Perturbation:
-    """What a forward leaves out, so that guidance can point away from its answer."""
-
-    skip_self: tuple[int, ...] = ()
-    """Blocks whose self-attention hands on its values (spatio-temporal skip guidance, arXiv 2411.18664)."""
-    isolate: bool = False
-    """No attention between the streams (modality guidance)."""
 
 
 class AdaLN(nn.Module):
@@ -106,6 +96,7 @@ class LTX2(nn.Module):
     """
 
     patch = (1, 1, 1)
+    modalities = ("video", "audio")
 
     def __init__(self, sizes: LTX2Sizes, *, checkpoint_blocks: bool = False) -> None:
         super().__init__()

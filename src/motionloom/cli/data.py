@@ -33,16 +33,15 @@ def shapeworld(
     as_json: bool,
 ) -> None:
     """Write a ShapeWorld dataset."""
-    from motionloom.data.shapeworld import World, write_dataset
-    from motionloom.data.shapeworld.spec import Split
+    from motionloom.data.shapeworld import write_dataset
+    from motionloom.data.shapeworld.spec import PRESETS, Split
 
-    worlds = {"full": World.full, "quickstart": World.quickstart}
-    if world not in worlds:
-        raise UserError(f"--world {world}: choose full or quickstart")
+    if world not in PRESETS:
+        raise UserError(f"--world {world}: choose {', '.join(PRESETS)}")
     if split not in get_args(Split):
         raise UserError(f"--split {split}: choose train, test or all")
     console = Out(as_json)
-    made = replace(worlds[world](), frames=frames, height=size, width=size, fps=fps)
+    made = replace(PRESETS[world](), frames=frames, height=size, width=size, fps=fps)
     with console.progress("clips") as advance:
         manifest = write_dataset(
             out,

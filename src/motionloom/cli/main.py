@@ -112,7 +112,7 @@ def shapeworld(
     seed: Seed = 0,
     fps: Annotated[float, typer.Option(help="Frames per second.")] = 8.0,
     world: Annotated[
-        str, typer.Option(help="full, or quickstart: the part that trains in minutes.")
+        str, typer.Option(help="full, or a part that trains in minutes: quickstart; modes, which sounds.")
     ] = "full",
     split: Annotated[str, typer.Option(help="train, test (held-out combinations) or all.")] = "train",
     scenes: Annotated[int, typer.Option(min=1, help="More than 1: stories with one character.")] = 1,

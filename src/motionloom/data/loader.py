@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from motionloom.config.recipe import Recipe
-from motionloom.data.batch import Batch
+from motionloom.data.batch import Batch, Latents
 from motionloom.data.buckets import Bucket
 from motionloom.data.cache import Cache, TextTable, is_trained
 from motionloom.data.order import Order
@@ -27,7 +27,7 @@ from motionloom.errors import UserError
 from motionloom.plans.layout import Text
 from motionloom.rng import key_to_seed
 from motionloom.text import lay_scenes
-from motionloom.tokenizers import scene_seconds
+from motionloom.tokenizers import scene_seconds, scene_spans
 
 Split = Literal["train", "heldout"]
 
@@ -128,14 +128,19 @@ class Loader:
         spec = self._cache.identity.spec
         latents_BFhwC = torch.from_numpy(np.stack(self._cache.latents(rows))).float()
         bucket = Bucket.parse(self._cache.metadata(rows[:1])[0]["bucket"])
-        seconds_F = scene_seconds(spec, bucket.shots or (bucket.frames,), self._cache.fps)
+        shots = bucket.shots or (bucket.frames,)
         captions, scene_frames = self._captions.of(rows, n if self._split == "train" else None)
         scene_BF = torch.tensor([bucket.latent_shots(spec, frames) for frames in scene_frames])
+        video = Latents(
+            latents_BFhwC,
+            scene_seconds(spec, shots, self._cache.fps).repeat(len(rows), 1),
+            scene_spans(spec, shots, self._cache.fps).repeat(len(rows), 1, 1),
+            scene_BF,
+            spec.spatial,
+        )
         return Batch(
             ids=[self._cache.ids[row] for row in rows],
-            latents_BFHWC=latents_BFhwC,
-            seconds_BF=seconds_F.repeat(len(rows), 1),
-            scene_BF=scene_BF,
+            latents={"video": video},
             captions=captions,
             text=self._captions.embed(captions),
             empty_text=self._captions.empty(max(map(len, captions))),

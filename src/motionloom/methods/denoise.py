@@ -82,7 +82,7 @@ class Denoise:
         """
         text = self._text(batch, context)
         layout = self._layout(batch, text, context)
-        clean_BFSC = patchify(batch.latents_BFHWC, self._patch)
+        clean_BFSC = patchify(batch.video.x_BFHWC, self._patch)
         device, path = clean_BFSC.device, self._objective.path
         noise_BFSC = torch.randn(clean_BFSC.shape, generator=context.device_generator("noise"), device=device)
         sigma_BD = self._objective.draw((len(batch.ids), layout.num_draws), context.generator("sigma"))
@@ -116,12 +116,12 @@ class Denoise:
         )
 
     def _layout(self, batch: Batch, text: Text, context: StepContext) -> Layout:
-        size, grid = len(batch.ids), batch.latents_BFHWC.shape[1:4]
+        size, grid = len(batch.ids), batch.video.x_BFHWC.shape[1:4]
         geometry = token_geometry(
             (grid[0], grid[1], grid[2]),
             self._patch,
-            batch.seconds_BF,
-            batch.scene_BF,
+            batch.video.seconds_BF,
+            batch.video.scene_BF,
             self._spec.spatial,
             size,
         )

@@ -55,7 +55,8 @@ class Stream:
 
     modality: str
     grid: tuple[int, int, int]
-    """(frames, rows, columns); N = their product, frame-major. Text is (1, 1, N)."""
+    """(frames, rows, columns); N = their product, frame-major. Tokens that are no grid (text, packed samples,
+    references of another size) are (1, 1, N); sound is (N, 1, 1)."""
     x_BNC: Tensor
     """Latents: noisy where sigma > 0, exactly the clean latents where sigma == 0. Text: embeddings."""
     sigma_BK: Tensor
@@ -84,6 +85,9 @@ class Stream:
     """True in the first frame of each scene. None: found from ``grid``, in a stream of whole scenes."""
     sample_BN: Tensor | None = None
     """Which of the samples packed into one row it belongs to, see ``packing.py``. None: there is one."""
+    jump_BN: Tensor | None = None
+    """Frames by which a token stands later than its cell says, float32: what sets scenes apart for backbones
+    that read indices; ``position_BN3`` holds it in seconds already. None: nowhere."""
 
     @property
     def sigma_BN(self) -> Tensor:

@@ -35,6 +35,10 @@ class Visibility(ABC):
         """
         return (*(getattr(a, name) for name in _FLAT), *a.cell_BN3.unbind(-1))
 
+    def in_layer(self, index: int, count: int) -> Visibility:
+        """The rule of block ``index`` of ``count``; the same in all of them unless a rule says otherwise."""
+        return self
+
     @property
     def unrestricted(self) -> bool:
         """True only if ``allows`` is True for every pair: then no mask is built at all."""

@@ -16,7 +16,13 @@ from motionloom.tokenizers.base import Tokenizer, TokenizerSpec
 from motionloom.tokenizers.cogvideox_vae import COGVIDEOX_VAE
 from motionloom.tokenizers.ltx2_vae import LTX2_VAE
 from motionloom.tokenizers.patch import PatchTokenizer
-from motionloom.tokenizers.scenes import decode_scenes, encode_scenes, scene_latents, scene_seconds
+from motionloom.tokenizers.scenes import (
+    decode_scenes,
+    encode_scenes,
+    scene_latents,
+    scene_seconds,
+    scene_spans,
+)
 from motionloom.tokenizers.vae import VaeKind, VaeSettings, VaeTokenizer
 from motionloom.tokenizers.wan_vae import WAN_VAE
 
@@ -135,4 +141,5 @@ __all__ = [
     "open_tokenizer",
     "scene_latents",
     "scene_seconds",
+    "scene_spans",
 ]

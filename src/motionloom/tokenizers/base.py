@@ -67,6 +67,13 @@ class TokenizerSpec:
         return torch.where(index == 0, 0.5, later) / fps
 
 
+    def spans(self, latent_frames: int, fps: float) -> Tensor:
+        """Beginning and end of each latent frame in seconds from the clip's start, (F, 2) float32."""
+        ends = torch.tensor([self.pixel_frames(n) for n in range(1, latent_frames + 1)], dtype=torch.float32)
+        begins = torch.cat([torch.zeros(1), ends[:-1]])
+        return torch.stack([begins, ends], dim=1) / fps
+
+
 class Tokenizer(Protocol):
     """Pixels <-> latents. Implementations are deterministic: equal clips give equal latents."""
 

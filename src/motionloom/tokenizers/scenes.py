@@ -34,6 +34,15 @@ def scene_seconds(spec: TokenizerSpec, scene_frames: Sequence[int], fps: float) 
     return torch.cat(parts)
 
 
+def scene_spans(spec: TokenizerSpec, scene_frames: Sequence[int], fps: float) -> Tensor:
+    """Beginning and end of each latent frame in seconds from the clip's start, (F, 2) float32."""
+    parts, begin = [], 0
+    for frames, latents in zip(scene_frames, scene_latents(spec, scene_frames), strict=True):
+        parts.append(spec.spans(latents, fps) + begin / fps)
+        begin += frames
+    return torch.cat(parts)
+
+
 def encode_scenes(tokenizer: Tokenizer, video_BPHW3: Tensor, scene_frames: Sequence[int]) -> Tensor:
     """uint8 (B, P, H, W, 3) -> float32 (B, F, h, w, C), each shot alone.
 

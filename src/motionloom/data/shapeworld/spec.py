@@ -176,6 +176,11 @@ class World:
             fps=fps,
         )
 
+    @classmethod
+    def modes(cls, size: int = 32, frames: int = 17, fps: float = 8.0) -> World:
+        """The quickstart's with a bounce, which can be heard: for conditions, scenes and sound."""
+        return replace(cls.quickstart(size, frames, fps), motions=("left", "right", "up", "down", "bounce"))
+
     @property
     def extent(self) -> tuple[float, float]:
         """(width, height) of the frame in units of its shorter side."""
@@ -229,7 +234,11 @@ class World:
         return replace(self, height=height, width=width, frames=self.frames if frames is None else frames)
 
 
-PRESETS: dict[str, Callable[..., World]] = {"full": World.full, "quickstart": World.quickstart}
+PRESETS: dict[str, Callable[..., World]] = {
+    "full": World.full,
+    "quickstart": World.quickstart,
+    "modes": World.modes,
+}
 
 
 def valid(shape: str, motion: str) -> bool:
