@@ -16,8 +16,9 @@ from torch import Tensor
 
 from motionloom.errors import UserError
 from motionloom.rng import torch_generator
+from motionloom.tokenizers import load_audio_tokenizer
 from motionloom.tokenizers.audio import AudioTokenizerSpec
-from motionloom.tokenizers.ltx2_audio import LTX2Audio, load_audio_tokenizer
+from motionloom.tokenizers.ltx2_audio import LTX2Audio
 from motionloom.tokenizers.sound import log_mel, mel_filters, resample
 
 # Resampling

@@ -506,7 +506,7 @@ def test_scenes_within_the_clip(tmp_path: Path) -> None:
     story = ManifestEntry("story", path, "all", scenes=scenes)
     build_cache(recipe(), [story], tmp_path / "cache")
     row = open_cache(tmp_path / "cache").row(0)
-    assert (row.captions, row.scene_frames, row.wordings) == (["first", "second"], [4, 4], [])
+    assert (row.captions, row.scene_frames, row.wordings) == (["first", "second"], [4, 4], ["all"])
     tiny = replace(story, id="tiny", scenes=(Scene(0.0, 0.8, "a"), Scene(0.8, 3.0, "b")))
     report = build_cache(recipe(), [story, tiny], tmp_path / "cache")
     assert [p.kind for p in report.skipped] == ["short scene"]

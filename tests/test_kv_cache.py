@@ -62,8 +62,12 @@ class Kind:
     """Numbers of an audio token; 0: it has no sound."""
 
 
-def _joint(depth: int) -> nn.Module:
-    return build_backbone(ModelConfig(type="joint", dim=24, depth=depth, num_heads=2, mlp_ratio=2.0), 4, 5)
+def _joint(audio_dim: int) -> Callable[[int], nn.Module]:
+    def make(depth: int) -> nn.Module:
+        sizes = {"dim": 24, "audio_dim": audio_dim, "depth": depth, "num_heads": 2, "mlp_ratio": 2.0}
+        return build_backbone(ModelConfig(type="joint", **sizes), 4, 5, audio_channels=3)
+
+    return make
 
 
 def _wan(depth: int) -> nn.Module:
@@ -76,7 +80,8 @@ def _ltx2(preset: str) -> Callable[[int], nn.Module]:
 
 _WAN, _LTX2, _LTX23 = WAN_PRESETS["tiny"], LTX2_PRESETS["tiny"], LTX2_PRESETS["tiny2.3"]
 KINDS = {
-    "joint": Kind(_joint, 4, 5),
+    "joint": Kind(_joint(0), 4, 5),
+    "joint with sound": Kind(_joint(12), 4, 5, 3),
     "wan": Kind(_wan, 4 * _WAN.out_channels, _WAN.text_dim),
     "ltx2": Kind(_ltx2("tiny"), _LTX2.in_channels, sum(_LTX2.text_channels), _LTX2.audio_in_channels),
     "ltx2.3": Kind(_ltx2("tiny2.3"), _LTX23.in_channels, sum(_LTX23.text_channels), _LTX23.audio_in_channels),
@@ -483,7 +488,7 @@ def test_a_chunk_stands_where_it_starts(kind):
 def test_relative_positions_are_absolute_ones_by_shift_invariance(kind, sinks):
     """Once the ring has turned the window stands where the stream began, which changes nothing as long as all
     distances are kept: without sinks, or before the first eviction. 6 of the list, float64."""
-    rule = NoWords() if kind == "joint" else full
+    rule = NoWords() if kind.startswith("joint") else full
     model, clip = build(kind), clip_of(kind, Chunks(1, window=3, sinks=sinks), 9)
     kept, turned = 3 + sinks, range(3 + sinks, 9)
     with torch.no_grad():
@@ -630,7 +635,7 @@ def test_a_new_prompt_needs_new_words_and_a_new_past(kind):
         assert off(last(past(cache, told), told), fresh) == 0.0
 
 
-@pytest.mark.parametrize("kind", ["joint", "wan", "ltx2"])
+@pytest.mark.parametrize("kind", ["joint", "joint with sound", "wan", "ltx2"])
 def test_new_words_are_the_old_ones_until_these_are_dropped(kind):
     """Which of them are padding included; other words in number are refused."""
     model, clip = build(kind), clip_of(kind, Chunks(2), 4)
@@ -776,7 +781,7 @@ def test_bf16_autocast_follows_the_masked_forward(kind):
         assert 1e-6 < ((a - b).norm() / b.norm()).item() < 0.05
 
 
-@pytest.mark.parametrize("kind", ["joint", "wan", "ltx2"])
+@pytest.mark.parametrize("kind", ["joint", "joint with sound", "wan", "ltx2"])
 def test_blocks_with_a_past_compile_whole(kind):
     """No graph break, and no graph for every new length of the past."""
     model = build(kind, torch.float32, depth=1)
@@ -797,7 +802,7 @@ def test_blocks_with_a_past_compile_whole(kind):
     torch._dynamo.reset()
     # Without a past, with one, with one of any length; joint runs its words alone.
     assert graphs[2:] == [graphs[2]] * 4
-    assert graphs[2] <= (4 if kind == "joint" else 3)
+    assert graphs[2] <= (4 if kind.startswith("joint") else 3)
 
 
 # --- rollout ------------------------------------------------------------------------------------------------
@@ -809,6 +814,7 @@ class WithoutCache(nn.Module):
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
         self.backbone, self.patch, self.tokens = backbone, backbone.patch, []
+        self.modalities = backbone.modalities
 
     def forward(self, streams: Streams, visibility: Visibility) -> dict[str, Tensor]:
         self.tokens.append(streams["video"].x_BNC.shape[1])

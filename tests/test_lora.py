@@ -28,7 +28,6 @@ from motionloom.train import checkpoint
 from motionloom.train.lora import (
     Adapter,
     add_lora,
-    attach,
     choose_modules,
     fingerprint,
     layer_shapes,
@@ -138,8 +137,8 @@ def test_a_pattern_is_parts_of_a_name_and_the_first_that_fits_decides() -> None:
         (["atn1.to_q"], r"near are attn1\.to_q"),
         (["zzz"], r"near are out, to_k, to_out\.0, to_q, up"),
         (["to_out.1"], "fits no linear layer"),
-        (["attn1", "!layers.0.attn1"], "only fits layers that patterns before it have decided: move it up"),
-        (["attn1", "attn1.to_q"], "only fits layers that patterns before it have decided"),
+        (["attn1", "!layers.0.attn1"], "only fits what patterns before it have decided: move it up"),
+        (["attn1", "attn1.to_q"], "only fits what patterns before it have decided"),
         (["!attn1"], "lora.targets only leaves out"),
     ],
 )
@@ -242,14 +241,15 @@ def test_several_loras_add_up_by_their_strengths() -> None:
         adapters_of(adapted("attn1.to_q", "up", rank=3, seed=2)),
     )
     net, by_hand = Net(), Net()
-    attach(net, first, "first", 0.8)
-    attach(net, second, "second", -1.5)
-    for adapters, strength in ((first, 0.8), (second, -1.5)):
+    files = ((first, 0.8), (second, -1.5))
+    for adapters, strength in files:
         for name, one in adapters.items():
             weight = by_hand.get_submodule(name).weight
             weight.data += strength * change(one)
-    assert far(net(x()), by_hand(x())) < 1e-6
-    merge_into_base(net)
+    with merged(net, files):
+        assert far(net(x()), by_hand(x())) < 1e-6
+    assert all(torch.equal(t, Net().state_dict()[name]) for name, t in net.state_dict().items())
+    merge_into_base(net, files)
     assert far(net(x()), by_hand(x())) < 1e-6
 
 
@@ -258,26 +258,27 @@ def test_dora_beside_others_is_the_same_in_memory_and_in_files(order: tuple[bool
     """Whatever the order, each adapter stands beside the bare base."""
     files = [(adapters_of(adapted("up", seed=i, dora=dora)), 1.0 - 0.5 * i) for i, dora in enumerate(order)]
     net, by_hand = Net(), Net()
-    for i, (adapters, strength) in enumerate(files):
-        attach(net, adapters, f"file{i}", strength)
     for name in files[0][0]:
         weight = by_hand.get_submodule(name).weight
-        weight.data = merged_together(weight.data, [(a[name], strength) for a, strength in files])
-    merge_into_base(net)
+        weight.data = merged_together(weight.data, [(a[name], strength) for a, strength in reversed(files)])
+    merge_into_base(net, files)
     assert far(net(x()), by_hand(x())) < 1e-6
 
 
 def test_a_merge_that_fails_half_way_leaves_the_base_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
     net = adapted()
-    before = {name: t.clone() for name, t in net.state_dict().items()}
-    last = [part for part in net.modules() if hasattr(part, "lora_A")][-1]
+    wanted, before = net(x()), {name: t.clone() for name, t in net.state_dict().items()}
+    turns = iter(range(3))
 
-    def fail() -> None:
-        raise MemoryError("none left")
+    def fail_at_last(weight: Tensor, adapters: Any) -> Tensor:
+        if next(turns) == 2:
+            raise MemoryError("none left")
+        return torch.zeros_like(weight)
 
-    monkeypatch.setattr(last, "merge", fail)
+    monkeypatch.setattr("motionloom.train.lora.merged_together", fail_at_last)
     with pytest.raises(MemoryError), merged(net):
         pass
+    assert torch.equal(net(x()), wanted)
     assert all(torch.equal(t, before[name]) for name, t in net.state_dict().items())
 
 

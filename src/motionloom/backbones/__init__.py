@@ -63,6 +63,7 @@ def build_backbone(
     latent_channels: int,
     text_dim: int,
     *,
+    audio_channels: int = 0,
     sizes: Sizes | None = None,
     device: torch.device | str = "cpu",
 ) -> BackboneModule:
@@ -73,6 +74,7 @@ def build_backbone(
     Args:
         latent_channels: of the tokenizer; a token holds them once for each latent cell of ``config.patch``.
         text_dim: channels of a text embedding.
+        audio_channels: of a latent of sound; 0: there is no sound.
         sizes: of a published backbone; None: those that ``config`` names.
         device: where; ``meta`` is shapes alone, in no memory and without values.
 
@@ -81,11 +83,17 @@ def build_backbone(
             tokenizer or text.
     """
     if config.imported:
-        model = _published(config, latent_channels, text_dim, sizes)
+        model = _published(config, latent_channels, text_dim, audio_channels, sizes)
     else:
+        if config.audio_dim and not audio_channels:
+            raise UserError(
+                f"model.audio_dim is {config.audio_dim}, but there is no sound to read: set audio.enabled, or "
+                "model.audio_dim: 0"
+            )
+        sound = {"audio_channels": audio_channels} if config.audio_dim else {}
         # Layers draw initial weights from the global generator; on the meta device they draw nothing.
         with torch.device("meta"):
-            model = BACKBONES[config.type](config, latent_channels, text_dim)
+            model = BACKBONES[config.type](config, latent_channels, text_dim, **sound)
     if torch.device(device).type != "meta":
         model.to_empty(device="cpu")
         model.init_weights(torch_generator("backbone weights"))
@@ -105,7 +113,7 @@ def backbone_sizes(config: ModelConfig) -> Sizes:
 
 
 def _published(
-    config: ModelConfig, latent_channels: int, text_dim: int, sizes: Sizes | None
+    config: ModelConfig, latent_channels: int, text_dim: int, audio_channels: int, sizes: Sizes | None
 ) -> BackboneModule:
     family = FAMILIES[config.type]
     sizes = sizes or backbone_sizes(config)
@@ -126,6 +134,11 @@ def _published(
             f"the tokenizer's latents have {latent_channels} channels, but {named} takes "
             f"{model.latent_channels}: use the tokenizer that it was trained with, or set "
             f"tokenizer.latent_d: {model.latent_channels} to train anew on another"
+        )
+    if audio_channels and audio_channels != getattr(model, "audio_channels", audio_channels):
+        raise UserError(
+            f"the latents of sound have {audio_channels} channels, but {named} takes "
+            f"{getattr(model, 'audio_channels', 0)}: use the sound tokenizer that it was trained with"
         )
     if text_dim != model.text_dim:
         raise UserError(

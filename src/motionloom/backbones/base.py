@@ -5,24 +5,14 @@ Shapes: B batch, N tokens of a stream, C channels of a token.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
+from motionloom.flow import Perturbation as Perturbation
 from motionloom.nn.cache import KVCache
 from motionloom.plans.stream import Streams
 from motionloom.plans.visibility import Visibility
-
-
-@dataclass(frozen=True)
-class Perturbation:
-    """What a forward leaves out, so that guidance can point away from its answer."""
-
-    skip_self: tuple[int, ...] = ()
-    """Blocks whose self-attention hands on its values (spatio-temporal skip guidance, arXiv 2411.18664)."""
-    isolate: bool = False
-    """No attention between sound and picture (modality guidance)."""
 
 
 class Backbone(Protocol):
@@ -45,6 +35,15 @@ class Backbone(Protocol):
 
     def blocks(self) -> list[nn.Module]:
         """The repeated blocks in order: what a parallel plan shards, compiles and checkpoints."""
+        ...
+
+
+@runtime_checkable
+class Growing(Protocol):
+    """A module that can start from the weights of a smaller one, and answers as that one until it learns."""
+
+    def grown(self) -> frozenset[str]:
+        """Names of the tensors that such weights lack. They keep the values of ``init_weights``."""
         ...
 
 

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from motionloom.backbones.base import Perturbation
 from motionloom.backbones.cogvideox_keys import ORIGINAL_KEYS
 from motionloom.backbones.cogvideox_sizes import PRESETS, CogVideoXSizes
 from motionloom.errors import UserError
@@ -31,7 +32,7 @@ from motionloom.nn.init import fill, init_linears
 from motionloom.nn.mlp import FeedForward
 from motionloom.nn.modulation import TimestepEmbedding, at_levels
 from motionloom.nn.rope import Rotary, index_rotary, rotate_pairs
-from motionloom.plans.lower import lower
+from motionloom.plans.lower import lower, per_block
 from motionloom.plans.stream import Stream, Streams, join_attributes
 from motionloom.plans.visibility import Visibility
 
@@ -53,7 +54,7 @@ class Noise(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What all blocks share."""
+    """What blocks share; all of them, where the visibility is the same in all."""
 
     text: Noise
     video: Noise
@@ -61,6 +62,8 @@ class Context(NamedTuple):
     """(B or 1, J, 1, d); None for models without."""
     pattern: Pattern | Tensor | None
     """How the sequence sees itself, from ``lower``."""
+    skip_self: bool = False
+    """Attention hands on the values of the video."""
 
 
 class AdaNorm(nn.Module):
@@ -97,13 +100,16 @@ class Attention(nn.Module):
         self.norm_q = nn.LayerNorm(head_dim, eps=1e-6)
         self.norm_k = nn.LayerNorm(head_dim, eps=1e-6)
 
-    def forward(self, x_BJD: Tensor, context: Context) -> Tensor:
+    def forward(self, x_BJD: Tensor, words: int, context: Context) -> Tensor:
         q, k, v = (p(x_BJD).unflatten(-1, (self.heads, -1)) for p in (self.to_q, self.to_k, self.to_v))
         q, k = self.norm_q(q), self.norm_k(k)
         if context.rotary is not None:
             q, k = (rotate_pairs(t, context.rotary) for t in (q, k))
         q, k, v = (t.to(v.dtype).transpose(1, 2) for t in (q, k, v))
-        return self.to_out[0](join_heads(attend(q, k, v, context.pattern)))
+        y_BJD = join_heads(attend(q, k, v, context.pattern))
+        if context.skip_self:
+            y_BJD = torch.cat([y_BJD[:, :words], join_heads(v[:, :, words:])], dim=1)
+        return self.to_out[0](y_BJD)
 
 
 class Block(nn.Module):
@@ -118,7 +124,7 @@ class Block(nn.Module):
 
     def forward(self, x_BJD: Tensor, words: int, context: Context) -> Tensor:
         y_BJD, *gates = self.norm1(x_BJD, words, context)
-        x_BJD = x_BJD + _gated(self.attn1(y_BJD, context), words, *gates)
+        x_BJD = x_BJD + _gated(self.attn1(y_BJD, words, context), words, *gates)
         y_BJD, *gates = self.norm2(x_BJD, words, context)
         return x_BJD + _gated(self.ff(y_BJD), words, *gates)
 
@@ -180,6 +186,8 @@ class CogVideoX(nn.Module):
         checkpoint_blocks: recompute blocks in the backward pass.
     """
 
+    modalities = ("video",)
+
     def __init__(self, sizes: CogVideoXSizes, *, checkpoint_blocks: bool = False) -> None:
         super().__init__()
         self.sizes, self.checkpoint_blocks = sizes, checkpoint_blocks
@@ -226,7 +234,9 @@ class CogVideoX(nn.Module):
             fill(0.0, places)
             places[:, self.sizes.max_text_seq_length :] = _sincos(cells[None], self.sizes, places.dtype)
 
-    def forward(self, streams: Streams, visibility: Visibility) -> dict[str, Tensor]:
+    def forward(
+        self, streams: Streams, visibility: Visibility, *, perturb: Perturbation | None = None
+    ) -> dict[str, Tensor]:
         """The velocity of the video, in the dtype of its latents.
 
         A token at sigma on the linear path is DDPM's state up to the factor ``state_norm(sigma)``; its
@@ -242,11 +252,18 @@ class CogVideoX(nn.Module):
             x_BNC.to(video.x_BNC.dtype),
             self.schedule.timestep(video.sigma_BK),
             self.schedule.timestep(text.sigma_BK),
+            perturb,
         )
         return {"video": DiscretePrediction(self.schedule, "v").velocity(v_BNC, video.x_BNC, sigma_BN)}
 
     def network(
-        self, streams: Streams, visibility: Visibility, x_BNC: Tensor, t_BK: Tensor, text_t_BK: Tensor
+        self,
+        streams: Streams,
+        visibility: Visibility,
+        x_BNC: Tensor,
+        t_BK: Tensor,
+        text_t_BK: Tensor,
+        perturb: Perturbation | None = None,
     ) -> Tensor:
         """The bare network: v (B, N, C) for the video at DDPM's state ``x_BNC``.
 
@@ -256,26 +273,29 @@ class CogVideoX(nn.Module):
             t_BK: timestep of each of the video's noise levels, 0 .. steps - 1; ``text_t_BK`` of the text's.
 
         Raises:
-            UserError: the streams do not bring the given image's channels, or are larger than the learned
-                positions.
+            UserError: the streams do not bring the given image's channels, or the learned positions do not
+                have theirs.
         """
         video, text = streams["video"], streams["text"]
         x_BJD, words = self._enter(video, text, x_BNC)
         attributes = join_attributes([text.attributes, video.attributes])
-        context = Context(
-            text=self._noise(text, text_t_BK),
-            video=self._noise(video, t_BK),
-            rotary=self._rotary(video, words, x_BJD.dtype),
-            pattern=lower(visibility, attributes, attributes, _valid(text, video)),
+        valid, noise = _valid(text, video), (self._noise(text, text_t_BK), self._noise(video, t_BK))
+        rotary = self._rotary(video, words, x_BJD.dtype)
+        contexts = per_block(
+            visibility,
+            len(self.transformer_blocks),
+            lambda rule: Context(*noise, rotary, lower(rule, attributes, attributes, valid)),
         )
-        for block in self.transformer_blocks:
+        if perturb is not None:
+            contexts = [c._replace(skip_self=i in perturb.skip_self) for i, c in enumerate(contexts)]
+        for block, context in zip(self.transformer_blocks, contexts, strict=True):
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 x_BJD = checkpoint(
                     block, x_BJD, words, context, use_reentrant=False, preserve_rng_state=False
                 )
             else:
                 x_BJD = block(x_BJD, words, context)
-        out_BNC = self.proj_out(self.norm_out(self.norm_final(x_BJD[:, words:]), context.video))
+        out_BNC = self.proj_out(self.norm_out(self.norm_final(x_BJD[:, words:]), noise[1]))
         # Channel by channel, as the weights have it -> cell by cell.
         return out_BNC.unflatten(-1, (self.latent_channels, -1)).transpose(-1, -2).flatten(-2)
 
@@ -292,7 +312,7 @@ class CogVideoX(nn.Module):
         if self.sizes.use_learned_positional_embeddings:
             text_BLD, x_BND = self._with_learned(text_BLD, x_BND, video)
         elif not self.sizes.use_rotary_positional_embeddings:
-            x_BND = x_BND + _sincos(video.cell_BN3, self.sizes, dtype)
+            x_BND = x_BND + _sincos(video.index_BN3, self.sizes, dtype)
         batch = max(x_BND.shape[0], text_BLD.shape[0], video.sigma_BK.shape[0])
         parts = [t.to(dtype).expand(batch, -1, -1) for t in (text_BLD, x_BND)]
         return torch.cat(parts, dim=1), text_BLD.shape[1]
@@ -300,15 +320,8 @@ class CogVideoX(nn.Module):
     def _with_learned(self, text_BLD: Tensor, x_BND: Tensor, video: Stream) -> tuple[Tensor, Tensor]:
         """Positions by table, which knows one frame size and so many frames; each caption begins anew."""
         places, longest = self.patch_embed.pos_embedding, self.sizes.max_text_seq_length
-        frames, rows, columns = self.sizes.base_grid
-        # Counted by cells, not by the grid: copies of a frame stand where the frame does.
-        given = int(video.cell_BN3[..., 0].max()) + 1, *video.grid[1:]
-        if given[1:] != (rows, columns) or given[0] > frames:
-            raise UserError(
-                f"this cogvideox has learned positions for up to {frames} x {rows} x {columns} tokens "
-                f"(frames, rows, columns) and is given {' x '.join(map(str, given))}: choose its size"
-            )
-        frame_BN, row_BN, column_BN = video.cell_BN3.unbind(-1)
+        _, rows, columns = self.sizes.base_grid
+        frame_BN, row_BN, column_BN = _in_table(video, self.sizes.base_grid).unbind(-1)
         index_BN = longest + (frame_BN * rows + row_BN) * columns + column_BN
         word_L = torch.arange(text_BLD.shape[1], device=text_BLD.device) % longest
         return text_BLD + places[0, word_L], x_BND + places[0, index_BN]
@@ -333,6 +346,25 @@ class CogVideoX(nn.Module):
         return cos, sin
 
 
+def _in_table(video: Stream, grid: tuple[int, int, int]) -> Tensor:
+    """The places of the tokens in a table of this size, (B or 1, N, 3) int64; refuses what has none there."""
+    index_BN3 = video.index_BN3
+    # Counted by cells, not by the grid: copies of a frame stand where the frame does.
+    given = (index_BN3.amax(dim=(0, 1)) + 1).tolist()
+    sized = all((count == n).all() for count, n in zip(_rows_and_columns(video), grid[1:], strict=True))
+    if not sized or index_BN3.min() < 0 or any(n > most for n, most in zip(given, grid, strict=True)):
+        raise UserError(
+            f"this cogvideox has learned positions for up to {' x '.join(map(str, grid))} tokens (frames, "
+            f"rows, columns) and is given {' x '.join(f'{n:g}' for n in given)}: choose its size"
+        )
+    whole_BN3 = index_BN3.long()
+    if (whole_BN3 != index_BN3).any():
+        raise UserError(
+            "this cogvideox has learned positions, and none between two frames: let scenes jump by whole ones"
+        )
+    return whole_BN3
+
+
 def _places(video: Stream, sizes: CogVideoXSizes) -> Tensor:
     """Where RoPE has each token, (B or 1, N, 3) of (frame, row, column).
 
@@ -342,10 +374,10 @@ def _places(video: Stream, sizes: CogVideoXSizes) -> Tensor:
     picture is not quite n-ths of the region). At the trained size the places are the cells.
     """
     if sizes.patch_size_t is not None:
-        return video.cell_BN3.double()
+        return video.index_BN3.double()
     counts = _rows_and_columns(video)
     scale = torch.minimum(*(base / count for base, count in zip(sizes.base_grid[1:], counts, strict=True)))
-    frame_BN, *cells = video.cell_BN3.double().unbind(-1)
+    frame_BN, *cells = video.index_BN3.double().unbind(-1)
     places = [frame_BN]
     for cell_BN, count, base in zip(cells, counts, sizes.base_grid[1:], strict=True):
         length = (scale * count).round()
@@ -356,9 +388,9 @@ def _places(video: Stream, sizes: CogVideoXSizes) -> Tensor:
 
 
 def _rows_and_columns(video: Stream) -> tuple[Tensor, ...]:
-    """How many each token's frame has, two of (B or 1, N or 1), float64. The samples of a packed row may
-    differ, and its grid says nothing of them."""
-    cell_BN2 = video.cell_BN3[..., 1:].double()
+    """How many the clip of each token has, two of (B or 1, N or 1), float64. The samples of a packed row may
+    differ, references do not count, and the grid says nothing of either."""
+    cell_BN2 = video.cell_BN3[..., 1:].double().masked_fill(video.context_BN[..., None], 0)
     if video.sample_BN is None:
         return (cell_BN2.amax(dim=1, keepdim=True) + 1).unbind(-1)
     sample_BN2 = video.sample_BN[..., None].expand_as(cell_BN2)
@@ -366,10 +398,10 @@ def _rows_and_columns(video: Stream) -> tuple[Tensor, ...]:
     return (last_BN2.gather(1, sample_BN2) + 1).unbind(-1)
 
 
-def _sincos(cell_BN3: Tensor, sizes: CogVideoXSizes, dtype: torch.dtype) -> Tensor:
-    """Sines and cosines of the cells, (B or 1, N, D): a quarter of the width for the frame, the rest for
-    column and row."""
-    frame, row, column = cell_BN3.double().unbind(-1)
+def _sincos(index_BN3: Tensor, sizes: CogVideoXSizes, dtype: torch.dtype) -> Tensor:
+    """Sines and cosines of frame, row and column, (B or 1, N, D): a quarter of the width for the frame, the
+    rest for column and row."""
+    frame, row, column = index_BN3.double().unbind(-1)
     parts = [
         (frame / sizes.temporal_interpolation_scale, sizes.dim // 4),
         (column / sizes.spatial_interpolation_scale, sizes.dim // 8 * 3),

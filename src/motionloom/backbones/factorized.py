@@ -15,8 +15,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from motionloom.backbones.base import Perturbation
 from motionloom.backbones.parts import Dropout, Entry, Exit, modulate, run_blocks
 from motionloom.config.recipe import ModelConfig
+from motionloom.errors import UserError
 from motionloom.nn.attention import Pattern, attend, join_heads, prepare_mask, split_heads
 from motionloom.nn.init import fill, init_linears
 from motionloom.nn.mlp import MLP
@@ -24,7 +26,7 @@ from motionloom.nn.modulation import NoiseModulation, one_hot_levels, per_token
 from motionloom.nn.norms import HeadNorm
 from motionloom.nn.rope import SPACE, TIME, Rotary, rotary, rotate
 from motionloom.nn.windows import Windows, windows
-from motionloom.plans.lower import lower
+from motionloom.plans.lower import lower, per_block
 from motionloom.plans.stream import Attributes, Stream, Streams
 from motionloom.plans.visibility import Visibility, dense_mask
 
@@ -43,7 +45,7 @@ class Space(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What all blocks share."""
+    """What blocks share; all of them, where the visibility is the same in all."""
 
     text_BLD: Tensor
     modulation_BKPD: Tensor
@@ -54,6 +56,8 @@ class Context(NamedTuple):
     """Broadcastable to (B, S, H, T, T), prepared."""
     text_mask: Pattern | Tensor | None
     """Who sees which words, lowered: (B, H, N, L)."""
+    skip_self: bool = False
+    """Attention in space and through time hands on its values."""
 
 
 class SelfAttention(nn.Module):
@@ -72,6 +76,11 @@ class SelfAttention(nn.Module):
         q, k, v = split_heads(self.qkv(x_BTSD), 3, self.heads)
         q, k = (rotate(t, tables).to(v.dtype) for t in self.norm(q, k))
         return q, k, v
+
+    def hand_on(self, x_BTSD: Tensor) -> Tensor:
+        """What comes out if every token sees only itself, (B, N, D)."""
+        _, _, v = split_heads(self.qkv(x_BTSD), 3, self.heads)
+        return self.out(v.flatten(3).flatten(1, 2))
 
 
 class CrossAttention(nn.Module):
@@ -126,6 +135,8 @@ class Block(nn.Module):
         """Attention among the cells of each window of each frame."""
         layout = space.windows
         x_BTSD = x_BND.unflatten(1, (context.time_rotary[0].shape[1], -1))
+        if context.skip_self:
+            return self.space.hand_on(x_BTSD)
         batch, frames = x_BTSD.shape[:2]
 
         def grouped(t_BTSHd: Tensor) -> Tensor:
@@ -141,6 +152,8 @@ class Block(nn.Module):
     def through_time(self, x_BND: Tensor, context: Context) -> Tensor:
         """Attention among the frames at each cell."""
         x_BTSD = x_BND.unflatten(1, (context.time_rotary[0].shape[1], -1))
+        if context.skip_self:
+            return self.time.hand_on(x_BTSD)
         q, k, v = (t.permute(0, 2, 3, 1, 4) for t in self.time.project(x_BTSD, context.time_rotary))
         mixed_BSTD = join_heads(attend(q, k, v, context.time_mask))
         return self.time.out(mixed_BSTD.transpose(1, 2).flatten(1, 2))
@@ -149,8 +162,11 @@ class Block(nn.Module):
 class Factorized(nn.Module):
     """See the top of this file. ``forward`` as in :class:`~motionloom.backbones.base.Backbone`.
 
-    A frame's tokens share their seconds, and a cell keeps its pixels over all frames.
+    A frame's tokens share their seconds, and a cell keeps its pixels over all frames: references are whole
+    frames of the clip's size. What is not valid are whole frames, too.
     """
+
+    modalities = ("video",)
 
     def __init__(self, config: ModelConfig, latent_channels: int, text_dim: int) -> None:
         super().__init__()
@@ -178,26 +194,37 @@ class Factorized(nn.Module):
             for layer in (block.space, block.time, block.text):
                 layer.norm.init_weights()
 
-    def forward(self, streams: Streams, visibility: Visibility) -> dict[str, Tensor]:
-        """The prediction for the video, in the dtype of its latents."""
+    def forward(
+        self, streams: Streams, visibility: Visibility, *, perturb: Perturbation | None = None
+    ) -> dict[str, Tensor]:
+        """The prediction for the video, in the dtype of its latents.
+
+        Raises:
+            UserError: the video is no grid, or parts of frames are hidden.
+        """
         video, text = streams["video"], streams["text"]
-        assert video.valid_BN is None, "plans pad text, never video"
+        _check_frames(video)
         x_BND, text_BLD = self.entry(video, text)
         modulation_BKPD = self.noise(video.sigma_BK)
         one_hot_BNK = one_hot_levels(video.level_BN, video.sigma_BK.shape[1], x_BND.dtype)
         head_dim = self.config.dim // self.config.num_heads
-        context = Context(
-            text_BLD=text_BLD,
-            modulation_BKPD=modulation_BKPD[:, :, :PARTS],
-            one_hot_BNK=one_hot_BNK,
-            time_rotary=_time_rotary(video, head_dim),
-            time_mask=prepare_mask(_time_mask(video, visibility)),
-            text_mask=lower(visibility, video.attributes, text.attributes, text.valid_BN),
-        )
-        spaces = [self._space(video, visibility, shifted, head_dim) for shifted in (False, True)]
-        inputs = [
-            (spaces[i % 2], context, self.dropout.draw(x_BND, self.training)) for i in range(len(self.layers))
-        ]
+        time_rotary = _time_rotary(video, head_dim)
+
+        def seen(rule: Visibility) -> tuple[Context, list[Space]]:
+            context = Context(
+                text_BLD=text_BLD,
+                modulation_BKPD=modulation_BKPD[:, :, :PARTS],
+                one_hot_BNK=one_hot_BNK,
+                time_rotary=time_rotary,
+                time_mask=prepare_mask(_time_mask(video, rule)),
+                text_mask=lower(rule, video.attributes, text.attributes, text.valid_BN),
+            )
+            return context, [self._space(video, rule, shifted, head_dim) for shifted in (False, True)]
+
+        inputs = []
+        for i, (context, spaces) in enumerate(per_block(visibility, len(self.layers), seen)):
+            context = context._replace(skip_self=perturb is not None and i in perturb.skip_self)
+            inputs.append((spaces[i % 2], context, self.dropout.draw(x_BND, self.training)))
         x_BND = run_blocks(self.blocks(), x_BND, inputs, self.config)
         out_BNC = self.exit(x_BND, modulation_BKPD[:, :, PARTS:], one_hot_BNK)
         return {"video": out_BNC.to(video.x_BNC.dtype)}
@@ -217,6 +244,23 @@ class Factorized(nn.Module):
         return Space(layout, _space_rotary(video, head_dim), prepare_mask(mask))
 
 
+def _check_frames(video: Stream) -> None:
+    """Refuse what cannot be taken apart into frames of one size."""
+    frame_row_BN2 = video.cell_BN3[..., :2]
+    if video.grid[:2] == (1, 1) and (frame_row_BN2 != frame_row_BN2[:, :1]).any():
+        raise UserError(
+            "model.type factorized reads whole frames of one size and is given tokens of several: make the "
+            "references as large as the video, or take model.type joint"
+        )
+    if video.valid_BN is not None:
+        valid_BTS = video.valid_BN.unflatten(1, (video.grid[0], -1))
+        if (valid_BTS != valid_BTS[:, :, :1]).any():
+            raise UserError(
+                "model.type factorized cannot hide a part of a frame: give or lack whole frames, or take "
+                "model.type joint"
+            )
+
+
 def _space_rotary(video: Stream, head_dim: int) -> Rotary:
     # Frame 0 speaks for all: cells keep their place.
     pixels_BS2 = video.position_BN3.unflatten(1, (video.grid[0], -1))[:, 0, :, 1:]
@@ -231,8 +275,8 @@ def _time_rotary(video: Stream, head_dim: int) -> Rotary:
 
 
 def _time_mask(video: Stream, visibility: Visibility) -> Tensor | None:
-    """(B or 1, S or 1, 1, T, T). Where a frame is seen as a whole, one cell of it is asked."""
-    if visibility.unrestricted:
+    """(B or 1, S or 1, 1, T or 1, T). Where a frame is seen as a whole, one cell of it is asked."""
+    if visibility.unrestricted and video.valid_BN is None:
         return None
 
     def grouped(t_BN: Tensor) -> Tensor:
@@ -240,16 +284,19 @@ def _time_mask(video: Stream, visibility: Visibility) -> Tensor | None:
         cells_BST = t_BN.unflatten(1, (video.grid[0], -1)).transpose(1, 2)
         return cells_BST[:, :1] if visibility.whole_frames else cells_BST
 
-    return _grouped_mask(video, visibility, grouped)[:, :, None]
+    return _grouped_mask(video, visibility, grouped, video.valid_BN)[:, :, None]
 
 
-def _grouped_mask(video: Stream, visibility: Visibility, grouped: Callable[[Tensor], Tensor]) -> Tensor:
+def _grouped_mask(
+    video: Stream, visibility: Visibility, grouped: Callable[[Tensor], Tensor], valid_BN: Tensor | None = None
+) -> Tensor:
     """The visibility within groups of G tokens, (..., G, G) for ``grouped: (B, N) -> (..., G)``."""
     a = video.attributes
-    batch = max(t.shape[0] for t in vars(a).values())
+    batch = max(1 if valid_BN is None else len(valid_BN), *(t.shape[0] for t in vars(a).values()))
     groups = {name: grouped(t.expand(batch, *t.shape[1:])) for name, t in vars(a).items()}
     lead = groups["scene_BN"].shape[:-1]
     flat = Attributes(**{name: t.flatten(0, len(lead) - 1) for name, t in groups.items()})
-    mask = dense_mask(visibility, flat, flat)
+    valid = None if valid_BN is None else grouped(valid_BN.expand(batch, -1)).flatten(0, len(lead) - 1)
+    mask = dense_mask(visibility, flat, flat, valid)
     assert mask is not None
     return mask.unflatten(0, lead)

@@ -3,238 +3,275 @@
 One stream with weights shared by both modalities, as in CogVideoX (arXiv 2408.06072); each modality has its
 own adaLN-Zero modulation, which is what its "expert" layer norm amounts to. Any visibility is exact.
 
-With a cache the words run once, alone, and chunks of video run without them: words then see words only, as
-every causal visibility says, and stand at one noise level that must not change.
+Sound (``model.audio_dim``) is a second stream of the same kind and of a width of its own, with words of its
+own and noise levels of its own; in each block its tokens and the video's ask each other by their seconds
+(LTX-2, arXiv 2601.03233). Without that attention neither hears of the other, and its gates start at zero: a
+model with sound that starts from weights without answers for the video as these do, to the bit. A stream that
+is absent leaves out its half. Words beside sound stand at no noise level, since theirs is the video's.
 
-Video is turned by its seconds and words are not turned, so what video asks of the words depends on absolute
-time: a short clip knows its beginning by it, a long stream would leave the seconds that training showed. A
-cache with relative positions keeps to them.
+With a cache the words run once, alone, and chunks run without them: words then see words only, as every
+causal visibility says, and stand at one noise level that must not change.
 
-Shapes: B batch, L text tokens, N video tokens, J = L + N (with a cache one of them is 0), K noise levels,
-P modulation parts or tokens of the past, D width, H heads, C channels of a token.
+Tokens are turned by their seconds and words are not turned, so what video asks of the words depends on
+absolute time: a short clip knows its beginning by it, a long stream would leave the seconds that training
+showed. A cache with relative positions keeps to them.
+
+Shapes: B batch, L text tokens, N tokens of a stream, J = L + N (with a cache one of them is 0), K noise
+levels, P modulation parts, D width of a stream, C channels of a token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from motionloom.backbones.parts import Dropout, Entry, Exit, modulate, run_blocks, run_cached
+from motionloom.backbones.base import Perturbation
+from motionloom.backbones.joint_block import (
+    ASKS,
+    OFFERS,
+    PARTS,
+    Block,
+    Context,
+    Cross,
+    Crossing,
+    Given,
+    Sight,
+    SoundBlock,
+    Streamed,
+)
+from motionloom.backbones.joint_reach import Reach
+from motionloom.backbones.parts import Dropout, Entry, Exit, run_blocks, run_cached
 from motionloom.config.recipe import ModelConfig
-from motionloom.nn.attention import Pattern, attend, join_heads, split_heads
-from motionloom.nn.cache import KVCache, Pair, Past, extend
-from motionloom.nn.init import fill, init_linears
-from motionloom.nn.mlp import MLP
-from motionloom.nn.modulation import NoiseModulation, one_hot_levels, per_token
-from motionloom.nn.norms import HeadNorm
-from motionloom.nn.rope import SPACE, TIME, Rotary, rotary, rotate
-from motionloom.plans.lower import lower
-from motionloom.plans.past import facts, held_words, join_facts, past_facts, places
+from motionloom.nn.cache import KVCache, Pair, Past
+from motionloom.nn.init import init_linears
+from motionloom.nn.modulation import NoiseModulation, one_hot_levels
+from motionloom.nn.norms import rms_norm
+from motionloom.nn.rope import Rotary
 from motionloom.plans.stream import Stream, Streams
 from motionloom.plans.visibility import Visibility
 
-PARTS = 6
-"""Shift, scale and gate of attention and of the feed-forward layer."""
 
+class SoundEntry(nn.Module):
+    """Latents of sound and words -> tokens of the width of sound."""
 
-class Context(NamedTuple):
-    """What all blocks share."""
-
-    text_modulation_BKPD: Tensor
-    video_modulation_BKPD: Tensor
-    text_one_hot_BLK: Tensor | None
-    video_one_hot_BNK: Tensor | None
-    rotary: Rotary
-    """(B or 1, J, 1, D/H)."""
-    mask: Pattern | Tensor | None
-    """Who sees whom, lowered: (B, H, J, J), or (B, H, N, L + P + N) with a cache."""
-
-
-class Block(nn.Module):
-    """Attention and feed-forward over words and video together."""
-
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, channels: int, text_dim: int, dim: int) -> None:
         super().__init__()
-        dim = config.dim
-        self.heads = config.num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.norm = HeadNorm(dim // config.num_heads)
-        self.out = nn.Linear(dim, dim, bias=False)
-        self.mlp = MLP(dim, int(config.mlp_ratio * dim))
-        self.text_table_PD = nn.Parameter(torch.zeros(PARTS, dim))
-        self.video_table_PD = nn.Parameter(torch.zeros(PARTS, dim))
+        self.sound = nn.Linear(channels, dim)
+        self.text = nn.Linear(text_dim, dim)
 
-    def forward(
-        self, x_BJD: Tensor, words: int, context: Context, keep: Tensor | None, past: Past | None = None
-    ) -> Tensor | tuple[Tensor, Pair]:
-        """``x``; and beside it this layer's own keys, unrotated, and values, if ``past`` is not None."""
-        text_BKPD = context.text_modulation_BKPD + self.text_table_PD
-        video_BKPD = context.video_modulation_BKPD + self.video_table_PD
-        text = per_token(text_BKPD, context.text_one_hot_BLK)
-        video = per_token(video_BKPD, context.video_one_hot_BNK)
+    def sounds(self, audio: Stream, batch: int) -> Tensor:
+        """The sound alone, (B, N, D)."""
+        dtype = self.sound.weight.dtype
+        return self.sound(audio.x_BNC.to(dtype)).to(dtype).expand(batch, -1, -1)
 
-        def adapted(x_BJD: Tensor, layer: int) -> Tensor:
-            x_BLD, x_BND = x_BJD[:, :words], x_BJD[:, words:]
-            return torch.cat(
-                [
-                    modulate(x_BLD, text[layer], text[layer + 1]),
-                    modulate(x_BND, video[layer], video[layer + 1]),
-                ],
-                dim=1,
-            )
+    def words(self, text: Stream, batch: int) -> Tensor:
+        """The text alone, (B, L, D)."""
+        dtype = self.sound.weight.dtype
+        return self.text(rms_norm(text.x_BNC.to(dtype))).to(dtype).expand(batch, -1, -1)
 
-        def gated(x_BJD: Tensor, y_BJD: Tensor, layer: int) -> Tensor:
-            y = [text[layer] * y_BJD[:, :words], video[layer] * y_BJD[:, words:]]
-            return x_BJD + torch.cat(y, dim=1)
 
-        mixed_BJD, own = self.attention(adapted(x_BJD, 0), context, past or ())
-        x_BJD = gated(x_BJD, mixed_BJD, 2)
-        y_BJD = self.mlp(adapted(x_BJD, 3))
-        x_BJD = gated(x_BJD, y_BJD if keep is None else y_BJD * keep, 5)
-        return x_BJD if past is None else (x_BJD, own)
+class Leaving(NamedTuple):
+    """What the exit is modulated by."""
 
-    def attention(self, x_BJD: Tensor, context: Context, past: Past) -> tuple[Tensor, Pair]:
-        """Everyone with everyone, and with the past, that the mask allows."""
-        q, k, v = split_heads(self.qkv(x_BJD), 3, self.heads)
-        q, k = self.norm(q, k)
-        own = k.to(v.dtype), v
-        q, k = (rotate(t, context.rotary).to(v.dtype) for t in (q, k))
-        k, v = extend(past, k, v)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        return self.out(join_heads(attend(q, k, v, context.mask))), own
+    modulation_BK2D: Tensor
+    one_hot_BNK: Tensor | None
 
 
 class Joint(nn.Module):
-    """See the top of this file. ``forward`` as in :class:`~motionloom.backbones.base.Backbone`."""
+    """See the top of this file. ``forward`` as in :class:`~motionloom.backbones.base.Backbone`.
 
-    def __init__(self, config: ModelConfig, latent_channels: int, text_dim: int) -> None:
+    Args:
+        audio_channels: of a latent of sound; read where ``config.audio_dim`` asks for sound.
+    """
+
+    def __init__(
+        self, config: ModelConfig, latent_channels: int, text_dim: int, audio_channels: int = 0
+    ) -> None:
         super().__init__()
         self.config = config
         self.patch = config.patch
-        self.head_dim = config.dim // config.num_heads
+        self.sound = config.audio_dim > 0
+        self.modalities: tuple[str, ...] = ("video", "audio") if self.sound else ("video",)
+        dim, audio_dim, heads = config.dim, config.audio_dim, config.num_heads
+        self.head_dim = {"video": dim // heads, "audio": audio_dim // heads}
         token_channels = latent_channels * config.patch[0] * config.patch[1] * config.patch[2]
-        self.entry = Entry(token_channels, text_dim, config.dim)
-        self.noise = NoiseModulation(config.dim, 2 * PARTS + 2)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.depth))
-        self.exit = Exit(config.dim, token_channels)
+        self.entry = Entry(token_channels, text_dim, dim)
+        self.noise = NoiseModulation(dim, 2 * PARTS + 2)
+        blocks = (SoundBlock(config) if self.sound else Block(config, dim) for _ in range(config.depth))
+        self.layers = nn.ModuleList(blocks)
+        self.exit = Exit(dim, token_channels)
         self.dropout = Dropout(config.dropout)
+        if self.sound:
+            self.audio_entry = SoundEntry(audio_channels, text_dim, audio_dim)
+            self.audio_noise = NoiseModulation(audio_dim, PARTS + 2)
+            self.audio_exit = Exit(audio_dim, audio_channels)
+            crossing = {m: NoiseModulation(d, ASKS + OFFERS) for m, d in (("video", dim), ("audio", audio_dim))}
+            self.audio_cross_noise = nn.ModuleDict(crossing)
 
     def blocks(self) -> list[nn.Module]:
         """The transformer blocks in order."""
         return list(self.layers)
 
+    def grown(self) -> frozenset[str]:
+        """As :class:`~motionloom.backbones.base.Growing`: all that sound adds to a model of video."""
+        return frozenset(name for name in self.state_dict() if "audio" in name)
+
     def init_weights(self, generator: torch.Generator) -> None:
-        """Every weight anew; adaLN-Zero makes each block the identity and the prediction zero."""
-        init_linears(self, generator)
-        self.noise.init_weights()
-        self.exit.init_weights()
-        for block in self.layers:
-            assert isinstance(block, Block)
-            fill(0.0, block.text_table_PD, block.video_table_PD)
-            block.norm.init_weights()
+        """Every weight anew; adaLN-Zero makes each block the identity and the prediction zero.
+
+        With sound the video's weights are those that the same generator gives a model without.
+        """
+        linears = {name: part for name, part in self.named_modules() if isinstance(part, nn.Linear)}
+        for of_sound in (False, True):
+            now = [part for name, part in linears.items() if ("audio" in name) == of_sound]
+            init_linears(nn.ModuleList(now), generator)
+        for part in self.modules():
+            if isinstance(part, NoiseModulation | Exit | Block | Crossing):
+                part.init_weights()
 
     def new_cache(self, **options: Any) -> KVCache:
         """A cache for :meth:`forward`; options as in :class:`~motionloom.nn.cache.KVCache`."""
         return KVCache(len(self.layers), **options)
 
     def forward(
-        self, streams: Streams, visibility: Visibility, cache: KVCache | None = None
+        self,
+        streams: Streams,
+        visibility: Visibility,
+        cache: KVCache | None = None,
+        *,
+        perturb: Perturbation | None = None,
     ) -> dict[str, Tensor]:
-        """The prediction for the video, in the dtype of its latents."""
-        video, text = streams["video"], streams["text"]
+        """The prediction for video and sound, where they are present, in the dtype of their latents.
+
+        Args:
+            cache: of :meth:`new_cache`; the streams are then those of its present chunk, and all chunks bring
+                the same modalities.
+        """
+        perturb = perturb or Perturbation()
+        text, present = streams["text"], tuple(streams[m] for m in self.modalities if m in streams)
+        assert len(present) == len(streams) - 1 > 0, f"this model reads {self.modalities}, not {[*streams]}"
+        batch = max(len(t) for s in (*present, text) for t in (s.x_BNC, s.sigma_BK))
+        reach = Reach(present, text, visibility, cache, len(self.layers), self.head_dim)
+        crossing = len(present) == 2 and not perturb.isolate
         if cache is not None:
-            return {"video": self._chunk(video, text, visibility, cache)}
-        assert text.sigma_BK.shape == video.sigma_BK.shape, "words and video count the same noise levels"
-        x_BND, text_BLD = self.entry(video, text)
-        words = text_BLD.shape[1]
-        attributes, valid = join_facts([facts(text), facts(video)])
-        mask = lower(visibility, attributes, attributes, valid)
-        tables = _end_to_end(
-            _nowhere(words, self.head_dim, x_BND.device), _standing(video.position_BN3, self.head_dim)
-        )
-        context, leaving = self._context(video.sigma_BK, text.level_BN, video.level_BN, tables, mask)
-        x_BJD = torch.cat([text_BLD, x_BND], dim=1)
-        inputs = [(words, context, self.dropout.draw(x_BJD, self.training)) for _ in self.layers]
-        x_BJD = run_blocks(self.blocks(), x_BJD, inputs, self.config)
-        return {"video": self.exit(x_BJD[:, words:], *leaving).to(video.x_BNC.dtype)}
+            reach.check_past(crossing)
+            if not reach.holds_words():
+                self._hold_words(reach, batch)
+        words = text if cache is None else None
+        x: Streamed = {}
+        given: dict[str, Iterator[Given]] = {}
+        leaving: dict[str, Leaving] = {}
+        for stream in present:
+            name = stream.modality
+            x[name] = self._enter(stream, words, batch)
+            context, leaving[name] = self._context(
+                name, stream.sigma_BK, stream.level_BN, words, reach.tables(stream)
+            )
+            given[name] = self._given(
+                x[name], context, reach.masks(stream), reach.past(stream), perturb.skip_self
+            )
+        between = self._between(reach) if crossing else iter([{}] * len(self.layers))
+        x, left = self._run(x, given, between, cached=cache is not None)
+        if cache is not None:
+            reach.offer(left)
+        return {s.modality: self._leave(s, x[s.modality], leaving[s.modality]) for s in present}
 
-    def _chunk(self, video: Stream, text: Stream, visibility: Visibility, cache: KVCache) -> Tensor:
-        """:meth:`forward` for the chunk that is the cache's present one."""
-        batch = max(video.x_BNC.shape[0], text.x_BNC.shape[0], video.sigma_BK.shape[0])
-        if "text" in cache:
-            held_words(cache, text)
+    def _hold_words(self, reach: Reach, batch: int) -> None:
+        """Each stream's words through all blocks on their own, into the cache."""
+        text = reach.text
+        x: Streamed = {}
+        given: dict[str, Iterator[Given]] = {}
+        for name in (stream.modality for stream in reach.streams):
+            x[name] = self._words(name, text, batch)
+            nothing_B0, tables = text.level_BN[:, :0], reach.word_tables(name)
+            context, _ = self._context(name, text.sigma_BK, nothing_B0, text, tables)
+            given[name] = self._given(x[name], context, reach.word_masks(), [()] * len(self.layers), ())
+        _, left = self._run(x, given, iter([{}] * len(self.layers)), cached=True)
+        reach.hold_words(left)
+
+    def _enter(self, stream: Stream, text: Stream | None, batch: int) -> Tensor:
+        """Words, if any, and then tokens, (B, J, D)."""
+        if stream.modality == "video":
+            tokens_BND = self.entry.pictures(stream, batch)
         else:
-            self._hold_words(text, batch, visibility, cache)
-        before, here = places(video, cache)
+            tokens_BND = self.audio_entry.sounds(stream, batch)
+        if text is None:
+            return tokens_BND
+        return torch.cat([self._words(stream.modality, text, batch), tokens_BND], dim=1)
 
-        def turn(modality: str, k_BPHD: Tensor) -> Tensor:
-            if modality == "text":
-                return k_BPHD
-            assert before is not None
-            place_BP3 = before.position_BN3
-            past_tables = cache.remember("past tables", lambda: _standing(place_BP3, self.head_dim))
-            return rotate(k_BPHD, past_tables).to(k_BPHD.dtype)
+    def _words(self, modality: str, text: Stream, batch: int) -> Tensor:
+        return (self.entry if modality == "video" else self.audio_entry).words(text, batch)
 
-        keys, valid = join_facts([*past_facts(cache, "text", "video"), facts(video)])
-        mask = lower(visibility, video.attributes, keys, valid)
-        tables = _standing(here.position_BN3, self.head_dim)
-        context, leaving = self._context(video.sigma_BK, text.level_BN[:, :0], video.level_BN, tables, mask)
-        x_BND = self.entry.pictures(video, batch)
-        past = cache.past(("text", "video"), turn)
-        # One layer's past at a time: a lean cache makes it when asked.
-        inputs = ((0, context, self.dropout.draw(x_BND, self.training), old) for old in past)
-        x_BND, own = run_cached(self.blocks(), x_BND, inputs, self.config.checkpoint_blocks)
-        cache.offer("video", facts(video), own)
-        return self.exit(x_BND, *leaving).to(video.x_BNC.dtype)
-
-    def _hold_words(self, text: Stream, batch: int, visibility: Visibility, cache: KVCache) -> None:
-        """The words through all blocks on their own, into the cache."""
-        mask = lower(visibility, text.attributes, text.attributes, text.valid_BN)
-        tables = _nowhere(text.x_BNC.shape[1], self.head_dim, text.x_BNC.device)
-        context, _ = self._context(text.sigma_BK, text.level_BN, text.level_BN[:, :0], tables, mask)
-        x_BLD = self.entry.words(text, batch)
-        words = x_BLD.shape[1]
-        inputs = [(words, context, self.dropout.draw(x_BLD, self.training), ()) for _ in self.layers]
-        _, own = run_cached(self.blocks(), x_BLD, inputs, self.config.checkpoint_blocks)
-        cache.hold("text", facts(text), own)
+    def _leave(self, stream: Stream, x_BJD: Tensor, leaving: Leaving) -> Tensor:
+        """Tokens -> the prediction, (B, N, C)."""
+        x_BND = x_BJD[:, -stream.x_BNC.shape[1] :]
+        leave = self.exit if stream.modality == "video" else self.audio_exit
+        return leave(x_BND, *leaving).to(stream.x_BNC.dtype)
 
     def _context(
-        self,
-        sigma_BK: Tensor,
-        text_level_BL: Tensor,
-        video_level_BN: Tensor,
-        rotary: Rotary,
-        mask: Pattern | Tensor | None,
-    ) -> tuple[Context, tuple[Tensor, Tensor | None]]:
-        """What the blocks share, and what the exit is modulated by."""
+        self, modality: str, sigma_BK: Tensor, level_BN: Tensor, text: Stream | None, tables: Rotary
+    ) -> tuple[Context, Leaving]:
+        """What the blocks share for one stream, and what its exit is modulated by."""
         levels, dtype = sigma_BK.shape[1], self.entry.video.weight.dtype
-        text_BKPD, video_BKPD, exit_BK2D = self.noise(sigma_BK).split([PARTS, PARTS, 2], dim=2)
-        video_one_hot_BNK = one_hot_levels(video_level_BN, levels, dtype)
-        context = Context(
-            text_modulation_BKPD=text_BKPD,
-            video_modulation_BKPD=video_BKPD,
-            text_one_hot_BLK=one_hot_levels(text_level_BL, levels, dtype),
-            video_one_hot_BNK=video_one_hot_BNK,
-            rotary=rotary,
-            mask=mask,
-        )
-        return context, (exit_BK2D, video_one_hot_BNK)
+        one_hot_BNK = one_hot_levels(level_BN, levels, dtype)
+        if modality == "video":
+            assert text is None or text.sigma_BK.shape == sigma_BK.shape, "words count the video's levels"
+            text_BKPD, own_BKPD, exit_BK2D = self.noise(sigma_BK).split([PARTS, PARTS, 2], dim=2)
+            text_level_BL = level_BN[:, :0] if text is None else text.level_BN
+            text_one_hot_BLK = one_hot_levels(text_level_BL, levels, dtype)
+        else:
+            own_BKPD, exit_BK2D = self.audio_noise(sigma_BK).split([PARTS, 2], dim=2)
+            text_BKPD, text_one_hot_BLK = torch.zeros_like(own_BKPD[:1, :1]), None
+        words = 0 if text is None else text.x_BNC.shape[1]
+        context = Context(words, text_BKPD, own_BKPD, text_one_hot_BLK, one_hot_BNK, tables)
+        return context, Leaving(exit_BK2D, one_hot_BNK)
 
+    def _given(
+        self,
+        x_BJD: Tensor,
+        context: Context,
+        masks: Sequence[Sight],
+        past: Sequence[Past | None],
+        skip_self: Collection[int],
+    ) -> Iterator[Given]:
+        """For each block. One layer's past at a time: a lean cache makes it when asked."""
+        for index, mask in enumerate(masks):
+            keep = self.dropout.draw(x_BJD, self.training)
+            yield Given(context, mask, keep, past[index], index in skip_self)
 
-def _standing(position_BN3: Tensor, head_dim: int) -> Rotary:
-    """Tables of video tokens, at their seconds and pixels, (B or 1, N, 1, D/H)."""
-    cos, sin = rotary(position_BN3, (TIME, SPACE, SPACE), head_dim)
-    return cos[:, :, None], sin[:, :, None]
+    def _between(self, reach: Reach) -> Iterator[dict[str, Cross]]:
+        """For each block, what the two streams bring to the attention between them."""
+        shared, sights, offered = {}, {}, {}
+        for stream, other in (reach.streams, reach.streams[::-1]):
+            name, levels = stream.modality, stream.sigma_BK.shape[1]
+            modulation_BKPD = self.audio_cross_noise[name](stream.sigma_BK)
+            one_hot_BNK = one_hot_levels(stream.level_BN, levels, modulation_BKPD.dtype)
+            shared[name] = modulation_BKPD, one_hot_BNK, reach.seconds(stream)
+            sights[name], offered[name] = reach.sights(stream, other), reach.offered(other)
+        for index in range(len(self.layers)):
+            yield {m: Cross(*shared[m], *sights[m][index], offered[m][index]) for m in shared}
 
-
-def _nowhere(words: int, head_dim: int, device: torch.device) -> Rotary:
-    """Tables of words, which are not turned, (1, L, 1, D/H)."""
-    cos = torch.ones(1, words, 1, head_dim, device=device)
-    return cos, torch.zeros_like(cos)
-
-
-def _end_to_end(a: Rotary, b: Rotary) -> Rotary:
-    cos, sin = (torch.cat([x.expand(y.shape[0], *x.shape[1:]), y], dim=1) for x, y in zip(a, b, strict=True))
-    return cos, sin
+    def _run(
+        self,
+        x: Streamed,
+        given: Mapping[str, Iterator[Given]],
+        between: Iterator[dict[str, Cross]],
+        *,
+        cached: bool,
+    ) -> tuple[Streamed, list[dict[str, Pair]]]:
+        """``x`` through all blocks; and what each left for the cache."""
+        start: Any = x
+        inputs: Iterable[tuple[Any, ...]]
+        if self.sound:
+            layers = zip(zip(*given.values(), strict=True), between, strict=True)
+            inputs = ((dict(zip(given, halves, strict=True)), cross) for halves, cross in layers)
+        else:
+            start, inputs = x["video"], ((one,) for one in given["video"])
+        if not cached:
+            out = run_blocks(self.blocks(), start, inputs, self.config)
+            return (out if self.sound else {"video": out}), []
+        out, left = run_cached(self.blocks(), start, inputs, self.config.checkpoint_blocks)
+        return (out, left) if self.sound else ({"video": out}, [{"video": pair} for pair in left])

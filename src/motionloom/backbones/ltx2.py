@@ -7,8 +7,8 @@ level 0) still takes part in it, which is how sound is made for a film and a fil
 Where the original has one noise level per sample, there is one per token here:
 
 - Attention between the streams is modulated by the level of the other stream: the highest among its tokens
-  of the same chunk, context copies apart from the rest, and 0 if it has none there. Where all of a sample
-  sees all of it there are no chunks, and it is the highest of the sample. So no chunk learns of the noise of
+  of the same chunk, context copies apart from the rest, and 0 if it has none there. Where the visibility
+  does not go by chunks it is the highest of the sample. So no chunk learns of the noise of
   a later one, and a chunk made from a cache is modulated as it is in one masked forward.
 - Keys and values of the text are modulated by the text token's own level (``text.level_BN``).
 
@@ -33,11 +33,9 @@ from motionloom.backbones.base import Perturbation
 from motionloom.backbones.ltx2_block import Attention, Block, Cross, Modulation, Side
 from motionloom.backbones.ltx2_keys import ORIGINAL_KEYS
 from motionloom.backbones.ltx2_reach import (
-    OFFERED,
     Left,
     Pasts,
     Reach,
-    counts_as_one,
     cross_levels,
 )
 from motionloom.backbones.ltx2_rope import own_tables, shared_tables
@@ -48,12 +46,14 @@ from motionloom.nn.init import fill, init_linears
 from motionloom.nn.mlp import Embedder
 from motionloom.nn.modulation import FEATURES, TimestepEmbedding
 from motionloom.nn.norms import EPS
-from motionloom.plans.lower import lower
+from motionloom.plans.lower import per_block
 from motionloom.plans.stream import Stream, Streams
 from motionloom.plans.visibility import Visibility
 
 __all__ = ["LTX2", "ORIGINAL_KEYS", "PRESETS", "LTX2Sizes"]
 
+Sides = tuple[Side | None, Side | None]
+"""Of (video, audio)."""
 START = 0.02
 """How large gates and predictions are at first."""
 
@@ -178,18 +178,23 @@ class LTX2(nn.Module):
         present = tuple(streams[m] for m in ("video", "audio") if m in streams)
         batch = max(len(t) for s in (*present, text) for t in (s.x_BNC, s.sigma_BK))
         attributes = {s.modality: s.attributes for s in present}
-        reach = Reach(self.sizes, present, attributes, text, visibility, cache)
+        reach = Reach(self.sizes, present, attributes, text, cache)
         words_held = reach.holds_words()
         x: dict[str, Tensor] = {}
-        sides: dict[str, Side] = {}
+        blind: dict[str, Side] = {}
         embedded: dict[str, Modulation] = {}
         for stream in present:
             name = stream.modality
             others = [s for s in present if s is not stream and not perturb.isolate]
             x[name] = self._enter(stream, batch)
-            sides[name], embedded[name] = self._side(stream, others, reach)
-            if not words_held:
-                sides[name] = sides[name]._replace(text_BLD=self._words(name, text, batch))
+            words_BLD = None if words_held else self._words(name, text, batch)
+            blind[name], embedded[name] = self._side(stream, others, words_BLD, reach, visibility.by_chunk)
+
+        def seen(rule: Visibility) -> Sides:
+            video, audio = (reach.seen(m, blind[m], rule) if m in blind else None for m in ("video", "audio"))
+            return video, audio
+
+        sides = per_block(visibility, len(self.transformer_blocks), seen)
         pasts = None if cache is None else reach.past(crossing=len(present) == 2 and not perturb.isolate)
         left = self._run(x, sides, perturb.skip_self, pasts)
         if cache is not None:
@@ -199,16 +204,15 @@ class LTX2(nn.Module):
     def _run(
         self,
         x: dict[str, Tensor],
-        sides: dict[str, Side],
+        sides: list[Sides],
         skip_self: tuple[int, ...],
         pasts: Pasts | None,
     ) -> Left:
         """``x`` through all blocks, in place; what each layer leaves for a cache."""
         both = (x.get("video"), x.get("audio"))
-        side = (sides.get("video"), sides.get("audio"))
         left = []
         for index, block in enumerate(self.transformer_blocks):
-            extra = (side, index in skip_self, None if pasts is None else pasts[index])
+            extra = (sides[index], index in skip_self, None if pasts is None else pasts[index])
             if self.checkpoint_blocks and torch.is_grad_enabled():
                 both, leaves = checkpoint(block, both, *extra, use_reentrant=False, preserve_rng_state=False)
             else:
@@ -272,13 +276,17 @@ class LTX2(nn.Module):
             text_BLC = ends.caption_projection(text_BLC)
         return text_BLC.expand(batch, -1, -1)
 
-    def _side(self, stream: Stream, others: list[Stream], reach: Reach) -> tuple[Side, Modulation]:
-        """What all blocks share for one stream but its words, and the noise that :meth:`_leave` reads."""
+    def _side(
+        self,
+        stream: Stream,
+        others: list[Stream],
+        words_BLD: Tensor | None,
+        reach: Reach,
+        by_chunk: bool,
+    ) -> tuple[Side, Modulation]:
+        """What all blocks share for one stream, and the noise that :meth:`_leave` reads."""
         ends, text, levels = self._ends(stream.modality), reach.text, _levels(stream)
         parts, embedded = ends.time_embed(self._timestep(stream.sigma_BK))
-        keys, valid = reach.keys(stream, stream.modality)
-        words, words_valid = reach.words()
-        mine = reach.attributes[stream.modality]
         text_modulation = None
         if ends.prompt_adaln is not None:
             noise, _ = ends.prompt_adaln(self._timestep(text.sigma_BK))
@@ -286,28 +294,21 @@ class LTX2(nn.Module):
         side = Side(
             modulation=Modulation(parts, levels),
             rotary=own_tables(self.sizes, stream.modality, reach.position(stream)),
-            pattern=lower(reach.visibility, mine, keys, valid),
-            text_BLD=None,
+            text_BLD=words_BLD,
             text_modulation=text_modulation,
-            text_pattern=lower(reach.visibility, mine, words, words_valid),
-            cross=self._cross(stream, others[0], reach) if others else None,
+            cross=self._cross(stream, others[0], reach, by_chunk) if others else None,
         )
         return side, Modulation(embedded, levels)
 
-    def _cross(self, stream: Stream, other: Stream, reach: Reach) -> Cross:
+    def _cross(self, stream: Stream, other: Stream, reach: Reach, by_chunk: bool) -> Cross:
         """What ``stream`` brings to the attention between the two."""
         ends, scale = self._ends(stream.modality), self.sizes.cross_attn_timestep_scale_multiplier
-        sigma_BK, level_BN = cross_levels(stream, other, one_chunk=counts_as_one(reach.visibility))
+        sigma_BK, level_BN = cross_levels(stream, other, one_chunk=not by_chunk)
         parts, _ = ends.cross_adaln(self._timestep(sigma_BK))
         gate, _ = ends.cross_gate(sigma_BK.float() * scale)
-        keys, valid = reach.keys(other, OFFERED[other.modality])
-        mine = reach.attributes[stream.modality]
-        answered = reach.answered(mine, keys, valid)
         return Cross(
             modulation=Modulation(torch.cat([parts, gate], dim=2), level_BN),
             rotary=shared_tables(self.sizes, reach.position(stream)),
-            pattern=lower(reach.visibility, mine, keys, valid),
-            answered_BN1=None if answered is None else answered.to(parts.dtype),
         )
 
     def _timestep(self, sigma_BK: Tensor) -> Tensor:

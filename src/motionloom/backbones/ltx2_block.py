@@ -46,25 +46,25 @@ class Cross(NamedTuple):
 
     modulation: Modulation
     rotary: Rotary
-    pattern: Sight
+    pattern: Sight = None
     """The stream's tokens look at the other's."""
-    answered_BN1: Tensor | None
+    answered_BN1: Tensor | None = None
     """0 for tokens that see none of the other's, 1 for the rest; None if all see some."""
 
 
 class Side(NamedTuple):
-    """What all blocks share for one stream."""
+    """What blocks share for one stream; all of them, where the visibility is the same in all."""
 
     modulation: Modulation
     rotary: Rotary
-    pattern: Sight
     text_BLD: Tensor | None
     """None where a cache holds its keys and values."""
     text_modulation: Modulation | None
     """None where the text is not modulated by its noise level."""
-    text_pattern: Sight
     cross: Cross | None
     """None without the other stream."""
+    pattern: Sight = None
+    text_pattern: Sight = None
 
 
 class Before(NamedTuple):

@@ -16,13 +16,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from motionloom.backbones.ltx2_block import Before, Fresh
+from motionloom.backbones.ltx2_block import Before, Fresh, Side
 from motionloom.backbones.ltx2_rope import own_tables, shared_tables, turn_heads
 from motionloom.backbones.ltx2_sizes import LTX2Sizes
+from motionloom.backbones.parts import sees_any
 from motionloom.nn.cache import KVCache, Past
+from motionloom.plans.lower import lower
 from motionloom.plans.past import facts, held_words, join_facts, past_facts, places
 from motionloom.plans.stream import Attributes, Stream
-from motionloom.plans.visibility import Both, SameSample, Visibility
+from motionloom.plans.visibility import Visibility
 
 OFFERED = {"video": "video for audio", "audio": "audio for video"}
 """Under which name a cache holds what a stream offers to the other."""
@@ -41,7 +43,6 @@ class Reach:
     attributes: Mapping[str, Attributes]
     """Of the streams, by modality."""
     text: Stream
-    visibility: Visibility
     cache: KVCache | None
 
     def keys(self, stream: Stream, name: str) -> tuple[Attributes, Tensor | None]:
@@ -57,17 +58,23 @@ class Reach:
             return stream.position_BN3
         return places(stream, self.cache, self.streams[0])[1].position_BN3
 
-    def answered(self, queries: Attributes, keys: Attributes, valid_BK: Tensor | None) -> Tensor | None:
-        """Whether a token sees any key at all, (B, N or 1, 1); None if all of them do.
-
-        Attention must look somewhere: sound that starts in a later chunk would else reach the first frames.
-        """
-        if self.visibility.unrestricted:
-            return None if valid_BK is None else valid_BK.any(dim=1)[:, None, None]
-        seen_BNK = self.visibility.allows(queries.queries(), keys.keys())
-        if valid_BK is not None:
-            seen_BNK = seen_BNK & valid_BK[:, None, :]
-        return seen_BNK.any(dim=2, keepdim=True)
+    def seen(self, modality: str, side: Side, rule: Visibility) -> Side:
+        """The side of this stream as blocks with this rule have it."""
+        stream = next(s for s in self.streams if s.modality == modality)
+        mine, cross = self.attributes[modality], side.cross
+        if cross is not None:
+            other = next(s for s in self.streams if s.modality != modality)
+            keys, valid = self.keys(other, OFFERED[other.modality])
+            answered = sees_any(rule, mine, keys, valid)
+            cross = cross._replace(
+                pattern=lower(rule, mine, keys, valid),
+                answered_BN1=None if answered is None else answered.to(cross.modulation.parts_BKPD.dtype),
+            )
+        return side._replace(
+            pattern=lower(rule, mine, *self.keys(stream, modality)),
+            text_pattern=lower(rule, mine, *self.words()),
+            cross=cross,
+        )
 
     def words(self) -> tuple[Attributes, Tensor | None]:
         """Attributes and validity of the words: of those that are held, if they are."""
@@ -201,13 +208,6 @@ def _groups(stream: Stream, other: Stream, one_chunk: bool) -> tuple[Tensor, Ten
         return sample_BN if one_chunk else (sample_BN * chunks + s.chunk_BN) * 2 + s.context_BN
 
     return group(stream), group(other)
-
-
-def counts_as_one(visibility: Visibility) -> bool:
-    """Whether a sample's chunks are as one, since all of it sees all of it, packed with others or not."""
-    if isinstance(visibility, Both) and isinstance(visibility.b, SameSample):
-        visibility = visibility.a
-    return visibility.unrestricted
 
 
 def _as_is(name: str, k_BPHX: Tensor) -> Tensor:

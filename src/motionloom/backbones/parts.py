@@ -1,24 +1,27 @@
 """What every token backbone begins and ends with: embedding, noise, blocks in a row, prediction.
 
-Shapes: B batch, N tokens, L text tokens, K noise levels, P parts of the modulation, D width, C channels.
+Shapes: B batch, N tokens, M tokens looked at, L text tokens, K noise levels, P parts of the modulation,
+D width, C channels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from motionloom.config.recipe import ModelConfig
-from motionloom.nn.cache import Pair
 from motionloom.nn.init import fill
 from motionloom.nn.modulation import per_token
 from motionloom.nn.norms import rms_norm
 from motionloom.nn.place import PlaceEmbedding
-from motionloom.plans.stream import Stream
+from motionloom.plans.stream import Attributes, Stream
+from motionloom.plans.visibility import Visibility
+
+T = TypeVar("T")
 
 
 class Entry(nn.Module):
@@ -90,9 +93,25 @@ class Dropout:
         return mask.bernoulli_(1 - self.p, generator=self.generator).div_(1 - self.p).to(x.device)
 
 
+def sees_any(
+    visibility: Visibility, queries: Attributes, keys: Attributes, valid_BM: Tensor | None
+) -> Tensor | None:
+    """Whether a query sees any key at all, (B, N or 1, 1); None if all of them do.
+
+    Attention must look somewhere: a query that may see nothing is shown everything, and its answer is to be
+    left out.
+    """
+    if visibility.unrestricted:
+        return None if valid_BM is None else valid_BM.any(dim=1)[:, None, None]
+    seen_BNM = visibility.allows(queries.queries(), keys.keys())
+    if valid_BM is not None:
+        seen_BNM = seen_BNM & valid_BM[:, None, :]
+    return seen_BNM.any(dim=2, keepdim=True)
+
+
 def run_blocks(
-    blocks: Sequence[nn.Module], x: Tensor, inputs: Sequence[tuple[Any, ...]], config: ModelConfig
-) -> Tensor:
+    blocks: Sequence[nn.Module], x: T, inputs: Iterable[tuple[Any, ...]], config: ModelConfig
+) -> T:
     """``x`` through all blocks, each with its own further inputs; recomputed in the backward pass if the
     config says so."""
     for block, extra in zip(blocks, inputs, strict=True):
@@ -104,14 +123,14 @@ def run_blocks(
 
 
 def run_cached(
-    blocks: Sequence[nn.Module], x: Tensor, inputs: Iterable[tuple[Any, ...]], recompute: bool
-) -> tuple[Tensor, list[Pair]]:
-    """:func:`run_blocks` for blocks that are given their past and answer (x, their own keys and values)."""
-    pairs = []
+    blocks: Sequence[nn.Module], x: T, inputs: Iterable[tuple[Any, ...]], recompute: bool
+) -> tuple[T, list[Any]]:
+    """:func:`run_blocks` for blocks that are given their past and answer (x, what is to be kept of them)."""
+    kept = []
     for block, extra in zip(blocks, inputs, strict=True):
         if recompute and torch.is_grad_enabled():
-            x, pair = checkpoint(block, x, *extra, use_reentrant=False, preserve_rng_state=False)
+            x, own = checkpoint(block, x, *extra, use_reentrant=False, preserve_rng_state=False)
         else:
-            x, pair = block(x, *extra)
-        pairs.append(pair)
-    return x, pairs
+            x, own = block(x, *extra)
+        kept.append(own)
+    return x, kept

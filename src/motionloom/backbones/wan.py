@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from motionloom.backbones.base import Perturbation
 from motionloom.backbones.wan_keys import ORIGINAL_KEYS
 from motionloom.backbones.wan_sizes import PRESETS, WanSizes
 from motionloom.errors import UserError
@@ -30,7 +31,7 @@ from motionloom.nn.init import fill, init_linears
 from motionloom.nn.mlp import Embedder, FeedForward
 from motionloom.nn.modulation import TimestepEmbedding, at_levels
 from motionloom.nn.rope import Rotary, index_rotary, rotate_pairs
-from motionloom.plans.lower import lower
+from motionloom.plans.lower import lower, per_block
 from motionloom.plans.past import facts, held_words, join_facts, past_facts, places
 from motionloom.plans.stream import Attributes, Stream, Streams
 from motionloom.plans.visibility import Visibility
@@ -52,7 +53,7 @@ class Source(NamedTuple):
 
 
 class Context(NamedTuple):
-    """What all blocks share."""
+    """What blocks share; all of them, where the visibility is the same in all."""
 
     modulation_BKPD: Tensor
     level_BN: Tensor | None
@@ -63,6 +64,8 @@ class Context(NamedTuple):
     """How video sees video, from ``lower``."""
     told: tuple[Source, ...]
     """The words, and the image tokens where the weights ask for them."""
+    skip_self: bool = False
+    """Self-attention hands on its values."""
 
 
 class RMSNorm(nn.Module):
@@ -116,9 +119,11 @@ class SelfAttention(Attention):
 
     def forward(self, x_BND: Tensor, context: Context, past: Past) -> tuple[Tensor, Pair]:
         """(B, N, D), and this layer's own keys, unrotated, and values."""
-        q = self.queries(x_BND)
         k, v = self.keys_values(x_BND)
         own = k.to(v.dtype), v
+        if context.skip_self:
+            return self.to_out[0](v.flatten(2)), own
+        q = self.queries(x_BND)
         q, k = (rotate_pairs(t, context.rotary).to(v.dtype) for t in (q, k))
         k, v = extend(past, k, v)
         return self.to_out[0](_mix(q, k, v, context.mask)), own
@@ -252,6 +257,8 @@ class Wan(nn.Module):
     ``sizes.image_dim`` asks for them, which a visibility treats as it treats words.
     """
 
+    modalities = ("video",)
+
     def __init__(self, sizes: WanSizes, *, checkpoint_blocks: bool = False) -> None:
         super().__init__()
         self.sizes = sizes
@@ -294,7 +301,12 @@ class Wan(nn.Module):
         return KVCache(self.sizes.num_layers, **options)
 
     def forward(
-        self, streams: Streams, visibility: Visibility, cache: KVCache | None = None
+        self,
+        streams: Streams,
+        visibility: Visibility,
+        cache: KVCache | None = None,
+        *,
+        perturb: Perturbation | None = None,
     ) -> dict[str, Tensor]:
         """The velocity of the video, in the dtype of its latents.
 
@@ -307,23 +319,30 @@ class Wan(nn.Module):
         batch = max(len(x_BND), len(level_BKD), *(len(s.x_BNC) for s in streams.values()))
         x_BND = x_BND.expand(batch, -1, -1)
         attributes = video.attributes
-        keys, valid, cell_BN3 = attributes, video.valid_BN, video.cell_BN3
+        keys, valid, index_BN3 = attributes, video.valid_BN, video.index_BN3
         if cache is not None:
             keys, valid = join_facts([*past_facts(cache, "video"), facts(video)])
-            cell_BN3 = places(video, cache)[1].cell_BN3
-        context = Context(
-            modulation_BKPD=modulation_BKPD,
-            level_BN=video.level_BN if video.sigma_BK.shape[1] > 1 else None,
-            rotary=self._rotary(cell_BN3),
-            mask=lower(visibility, attributes, keys, valid),
-            told=self._told(streams, visibility, attributes, batch, cache),
-        )
+            index_BN3 = places(video, cache)[1].index_BN3
+        rotary = self._rotary(index_BN3)
+        level_BN = video.level_BN if video.sigma_BK.shape[1] > 1 else None
+        sources = self._sources_of(streams, batch, cache)
+
+        def seen(rule: Visibility) -> Context:
+            told = tuple(
+                Source(x, lower(rule, attributes, words, words_valid)) for x, words, words_valid in sources
+            )
+            mask = lower(rule, attributes, keys, valid)
+            return Context(modulation_BKPD, level_BN, rotary, mask, told)
+
+        contexts = per_block(visibility, len(self.blocks), seen)
+        if perturb is not None:
+            contexts = [c._replace(skip_self=i in perturb.skip_self) for i, c in enumerate(contexts)]
         if cache is None:
-            for block in self.blocks():
-                x_BND = self._through(block, x_BND, context)
+            for block, of_block in zip(self.blocks(), contexts, strict=True):
+                x_BND = self._through(block, x_BND, of_block)
         else:
-            x_BND = self._chunk(x_BND, context, streams, cache)
-        shift, scale = at_levels(level_BKD + wide(self.scale_shift_table), context.level_BN)
+            x_BND = self._chunk(x_BND, contexts, streams, cache)
+        shift, scale = at_levels(level_BKD + wide(self.scale_shift_table), level_BN)
         out_BNC = self.proj_out(modulate(x_BND, shift, scale, self.sizes.eps))
         return {"video": out_BNC.to(video.x_BNC.dtype)}
 
@@ -343,15 +362,11 @@ class Wan(nn.Module):
         dtype = self.patch_embedding.weight.dtype
         return self.patch_embedding(x_BNC.to(dtype)).to(dtype)
 
-    def _told(
-        self,
-        streams: Streams,
-        visibility: Visibility,
-        video: Attributes,
-        batch: int,
-        cache: KVCache | None,
-    ) -> tuple[Source, ...]:
-        """The sources of cross-attention; without their tokens where the cache has what is needed of them."""
+    def _sources_of(
+        self, streams: Streams, batch: int, cache: KVCache | None
+    ) -> list[tuple[Tensor | None, Attributes, Tensor | None]]:
+        """The sources of cross-attention: tokens (B, M, D), their attributes, which are valid. Without the
+        tokens where the cache has what is needed of them."""
         embed, wanted = self.condition_embedder, self.condition_embedder.image_embedder is not None
         if ("image" in streams) != wanted:
             raise UserError(
@@ -368,10 +383,10 @@ class Wan(nn.Module):
                 embedder = embed.text_embedder if modality == "text" else embed.image_embedder
                 assert embedder is not None
                 x_BMD = embedder(stream.x_BNC.to(self.proj_out.weight.dtype)).expand(batch, -1, -1)
-            sources.append(Source(x_BMD, lower(visibility, video, keys, valid)))
-        return tuple(sources)
+            sources.append((x_BMD, keys, valid))
+        return sources
 
-    def _chunk(self, x_BND: Tensor, context: Context, streams: Streams, cache: KVCache) -> Tensor:
+    def _chunk(self, x_BND: Tensor, contexts: list[Context], streams: Streams, cache: KVCache) -> Tensor:
         """Through all blocks with the past of the cache, which is handed what they computed."""
         video = streams["video"]
         before, _ = places(video, cache)
@@ -379,14 +394,14 @@ class Wan(nn.Module):
         def turn(modality: str, k_BPHd: Tensor) -> Tensor:
             if before is None or modality != "video":
                 return k_BPHd
-            tables = cache.remember("tables of the past", lambda: self._rotary(before.cell_BN3))
+            tables = cache.remember("tables of the past", lambda: self._rotary(before.index_BN3))
             return rotate_pairs(k_BPHd, tables).to(k_BPHd.dtype)
 
         pasts = cache.past(("video",), turn)
         unheard: list[Past] = [()] * len(pasts)
         held = [cache.past((m,), turn) if m in cache else unheard for m in self._sources]
         own, heard = [], []
-        for block, past, *pairs in zip(self.blocks(), pasts, *held, strict=True):
+        for block, context, past, *pairs in zip(self.blocks(), contexts, pasts, *held, strict=True):
             x_BND, (own_pair, heard_pairs) = self._through(block, x_BND, context, past, tuple(pairs))
             own.append(own_pair)
             heard.append(heard_pairs)
@@ -401,11 +416,11 @@ class Wan(nn.Module):
             return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
         return block(*inputs)
 
-    def _rotary(self, cell_BN3: Tensor) -> Rotary:
+    def _rotary(self, index_BN3: Tensor) -> Rotary:
         """Tables (B or 1, N, 1, d): rows and columns get a third of the pairs each, rounded down."""
         pairs = self.sizes.attention_head_dim // 2
         side = pairs // 3
-        cos, sin = index_rotary(cell_BN3, (pairs - 2 * side, side, side))
+        cos, sin = index_rotary(index_BN3, (pairs - 2 * side, side, side))
         dtype = torch.promote_types(self.proj_out.weight.dtype, torch.float32)
         return cos.to(dtype)[:, :, None], sin.to(dtype)[:, :, None]
 

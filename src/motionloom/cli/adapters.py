@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +19,9 @@ from motionloom.rng import torch_generator
 from motionloom.tokenizers import Tokenizer, load_tokenizer
 from motionloom.train import checkpoint
 from motionloom.train.checkpoint import Checkpoint
-from motionloom.train.lora import Target, adapter_names, add_lora, base_names, fingerprint
+from motionloom.train.lora import adapter_names, add_lora, base_names, choose_modules, fingerprint
+from motionloom.train.parts import beside_adapters, train_parts
+from motionloom.train.patterns import Target
 
 
 @dataclass(frozen=True)
@@ -32,29 +35,62 @@ class Adapted:
     base: str
     """Fingerprint of the base's weights."""
     targets: tuple[Target, ...]
-
-    def table(self) -> list[list[str]]:
-        """Pattern, modules, parameters: a row each, and their sum."""
-        rows = [[t.pattern, str(len(t.modules)), f"{t.parameters:,}"] for t in self.targets]
-        modules = sum(len(t.modules) for t in self.targets if t.parameters)
-        return [*rows, ["together", str(modules), f"{sum(t.parameters for t in self.targets):,}"]]
+    parts: tuple[Target, ...]
+    """What is trained whole beside the adapters."""
 
 
 def adapt(
-    backbone: nn.Module, recipe: Recipe, weights: Weights, ranks: Ranks, base_dtype: torch.dtype | None = None
+    modules: Mapping[str, nn.Module],
+    recipe: Recipe,
+    weights: Weights,
+    ranks: Ranks,
+    base_dtype: torch.dtype | None = None,
 ) -> Adapted:
-    """Freeze ``backbone`` (on ``meta``) and add the recipe's adapters, the same on every rank.
+    """Freeze the backbone (on ``meta``), add the recipe's adapters, the same on every rank, and let its parts
+    be trained.
 
     Args:
+        modules: ``backbone``, and ``text_encoder`` where it may be trained.
         base_dtype: as in ``train.lora.add_lora``.
 
     Raises:
-        UserError: as ``train.lora.add_lora``.
+        UserError: as :func:`add_adapters`.
     """
     base = ranks.main_does(lambda: fingerprint(weights, weights.read))
-    targets = add_lora(backbone, recipe.lora, torch_generator(recipe.seed, "lora"), base_dtype)
+    targets, parts = add_adapters(modules, recipe, base_dtype)
+    backbone = modules["backbone"]
     renamed = {now: (Piece(before),) for before, now in base_names(backbone).items() if before in weights}
-    return Adapted(weights.under_names(renamed), adapter_names(backbone), base, tuple(targets))
+    return Adapted(weights.under_names(renamed), adapter_names(backbone), base, targets, parts)
+
+
+def add_adapters(
+    modules: Mapping[str, nn.Module], recipe: Recipe, base_dtype: torch.dtype | None = None
+) -> tuple[tuple[Target, ...], tuple[Target, ...]]:
+    """The recipe's adapters and parts; a row of each pattern of ``lora.targets``, and of ``lora.parts``.
+
+    Raises:
+        UserError: as ``train.lora.add_lora`` and ``train.parts.beside_adapters``.
+    """
+    config, backbone = recipe.lora, modules["backbone"]
+    new = [name for name, module in modules.items() if name != "backbone" and _trains(module)]
+    chosen = choose_modules(backbone, config.targets)
+    adapted = [name for pattern, taken in chosen.items() if pattern[0] != "!" for name in taken]
+    parts = beside_adapters(modules, config.parts, adapted)
+    whole = {name.removeprefix("backbone.") for taken in parts.values() for name in taken}
+    targets = add_lora(backbone, config, torch_generator(recipe.seed, "lora"), base_dtype, whole)
+    rows = train_parts(modules, parts)
+    named = {module for row in rows for module in row.modules}
+    # A table of words that is new beside published weights is trained in any case.
+    for name in new:
+        owners = tuple(f"{name}.{owner}" for owner, _ in modules[name].named_children())
+        if not named & set(owners):
+            count = sum(p.numel() for p in modules[name].parameters())
+            rows.append(Target(name, owners, count))
+    return tuple(targets), tuple(rows)
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
 
 
 def same_tokenizer(base: Checkpoint | None, tokenizer: Tokenizer) -> None:

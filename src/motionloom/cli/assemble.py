@@ -24,7 +24,7 @@ from motionloom.flow import PATHS
 from motionloom.generate import Model
 from motionloom.methods import METHODS, Denoise
 from motionloom.parallel import Ranks, fill, load_weights, named_state, parallelize, why_not_compile
-from motionloom.plans import PLANS, Plan
+from motionloom.plans import PLANS, Conditions, Plan
 from motionloom.rng import torch_generator
 from motionloom.text import build_text_encoder, cached_text_encoder, load_text_encoder
 from motionloom.text.base import TextEncoder
@@ -34,6 +34,8 @@ from motionloom.train import checkpoint
 from motionloom.train.checkpoint import Checkpoint, Saveable
 from motionloom.train.loop import OnSample, Trainer
 from motionloom.train.lora import cast_blocks, measure_lengths
+from motionloom.train.parts import train_only
+from motionloom.train.patterns import Target
 from motionloom.train.report import Reporter
 from motionloom.train.state import base_of
 from motionloom.train.tensors import Renamed, TensorFile
@@ -45,8 +47,9 @@ LARGE = 500_000_000
 def build_plan(recipe: Recipe) -> Plan:
     """The recipe's plan; of its ``plan`` section the plan takes the fields it has."""
     kind = PLANS[recipe.plan.type]
-    wanted = {field.name for field in fields(kind)}
-    plan: Plan = kind(**recipe.plan.model_dump(include=wanted))
+    wanted = {field.name for field in fields(kind)} - {"conditions"}
+    conditions = Conditions(recipe.plan.conditions, recipe.plan.choose)
+    plan: Plan = kind(conditions=conditions, **recipe.plan.model_dump(include=wanted))
     return plan
 
 
@@ -173,6 +176,8 @@ class Parts:
     start: Start = Start()
     adapted: Adapted | None = None
     """With LoRA: what is trained, and on which base."""
+    trained: tuple[Target, ...] = ()
+    """With ``train.parts``: what they are."""
 
     def tokens_per_clip(self) -> int:
         """Video tokens of the longest clip."""
@@ -226,14 +231,15 @@ def assemble(recipe: Recipe, cache: Cache, ranks: Ranks) -> Parts:
     adapted = None
     if recipe.lora.enabled:
         assert start.weights is not None, "a LoRA recipe names a base"
-        adapted = adapt(backbone, recipe, start.weights, ranks, _held_in(recipe))
+        adapted = adapt(modules, recipe, start.weights, ranks, _held_in(recipe))
         read = {"backbone": adapted.weights}
+    parts = train_only(modules, recipe.train.parts) if recipe.train.parts else []
     besides = adapted.besides if adapted is not None else ()
     loaded = parallelize(
         modules, ranks, recipe.train.sharding, recipe.train.compile and not obstacle, read, besides
     )
     measure_lengths(backbone)
-    method = METHODS[recipe.train.method](recipe, backbone, plan, tokenizer.spec, text_encoder)
+    method = METHODS[recipe.train.method](recipe, backbone, plan, text_encoder)
     notes = [f"train.compile: {obstacle}"] if obstacle else []
     notes += [f"{read[name].where}: {found}" for name, found in loaded.items()]
     return Parts(
@@ -250,6 +256,7 @@ def assemble(recipe: Recipe, cache: Cache, ranks: Ranks) -> Parts:
         tuple(notes),
         start,
         adapted,
+        tuple(parts),
     )
 
 
@@ -437,12 +444,16 @@ def load_model(
         weights = _add_adapters(saved, recipe, trained, place, shapes_only)
     elif not shapes_only:
         backbone.to_empty(device=place)
+    elif recipe.train.parts:
+        train_only(trained, recipe.train.parts)
     if not shapes_only:
         _move(place, tokenizer, text_encoder)
         fill(named_state(trained), saved.weights(ema=not raw), str(saved.folder))
     for module in (backbone, text_encoder):
         if isinstance(module, nn.Module):
-            module.to("meta" if shapes_only else place).eval().requires_grad_(False)
+            module.to("meta" if shapes_only else place).eval()
+            if not shapes_only:  # whoever looks at shapes asks what was trained
+                module.requires_grad_(False)
     weights = weights or checkpoint_weights(saved, ema=not raw)
     predictor, plan = _predictor(recipe, backbone), build_plan(recipe)
     return Opened(recipe, tokenizer, text_encoder, predictor, plan, place, weights)
@@ -461,14 +472,14 @@ def _add_adapters(
             "base where it is now"
         ) from None
     assert weights is not None, "a LoRA recipe names a base"
-    adapted = adapt(modules["backbone"], recipe, weights, Ranks(), _held_in(recipe))
+    if recipe.lora.base and "text_encoder" in modules:
+        modules["text_encoder"].requires_grad_(False)
+    adapted = adapt(modules, recipe, weights, Ranks(), _held_in(recipe))
     if adapted.base != saved.state["identity"]["base"]:
         raise UserError(
             f"{weights.where} ({base_of(recipe).split()[0]}) is not the base that {saved.folder} was trained "
             "on (its weights changed): put the former weights back"
         )
-    if recipe.lora.base and "text_encoder" in modules:
-        modules["text_encoder"].requires_grad_(False)
     if not shapes_only:
         load_weights(modules["backbone"], adapted.weights, Ranks(device=place), besides=adapted.besides)
     return weights

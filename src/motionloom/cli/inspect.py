@@ -61,11 +61,11 @@ def _checkpoint(path: Path) -> dict[str, Any]:
 def _recipe(name: str, overrides: list[str]) -> dict[str, Any]:
     from torch import nn
 
+    from motionloom.cli.adapters import add_adapters
     from motionloom.cli.assemble import new_backbone, recipe_spec, text_encoder_for
     from motionloom.config import load_recipe_with_notes
     from motionloom.evals.inspection import inspect_recipe
-    from motionloom.rng import torch_generator
-    from motionloom.train.lora import add_lora
+    from motionloom.train.parts import train_only
 
     recipe, notes = load_recipe_with_notes(name, overrides)
     recipe, assumed = _on_paper(recipe)
@@ -80,9 +80,11 @@ def _recipe(name: str, overrides: list[str]) -> dict[str, Any]:
         text_dim = _text_channels(recipe, notes)
     spec = recipe_spec(recipe)
     backbone = new_backbone(recipe, spec, text_dim, device="meta")
-    if recipe.lora.enabled:
-        add_lora(backbone, recipe.lora, torch_generator(recipe.seed, "lora"))
     modules = {"backbone": backbone, **modules}
+    if recipe.lora.enabled:
+        add_adapters(modules, recipe)
+    elif recipe.train.parts:
+        train_only(modules, recipe.train.parts)
     answer = inspect_recipe(recipe, spec, modules)
     return {**answer, "attention": _attention(recipe, answer, backbone), "notes": notes}
 

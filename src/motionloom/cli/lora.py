@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from motionloom.backbones.keys import KeyMap
     from motionloom.cli.assemble import Opened
+    from motionloom.config import Recipe
+    from motionloom.train.checkpoint import Checkpoint
     from motionloom.train.lora import Adapter
 
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -27,7 +29,12 @@ def export(run: Path, out: Path, layout: str, dtype: str, raw: bool, as_json: bo
 
     from motionloom.config import load_recipe
     from motionloom.train import checkpoint
-    from motionloom.train.lora_files import LAYOUTS, checkpoint_adapters, write_lora
+    from motionloom.train.lora_files import (
+        LAYOUTS,
+        checkpoint_adapters,
+        checkpoint_parts,
+        write_lora,
+    )
 
     if layout not in LAYOUTS:
         raise UserError(f"--layout {layout}: choose one of {', '.join(LAYOUTS)}")
@@ -43,28 +50,51 @@ def export(run: Path, out: Path, layout: str, dtype: str, raw: bool, as_json: bo
         way = "write those with motionloom convert" if recipe.model.imported else "use it by its folder"
         raise UserError(f"{saved.folder} holds no LoRA: its run trained every weight; {way}")
     adapters = checkpoint_adapters(saved.weights(ema=not raw), recipe.lora.alpha)
-    notes = {
-        # Its own name and its folder's: what is above them is nobody else's business.
-        "base": "/".join(Path(recipe.lora.base or recipe.model.name_or_path).parts[-2:]),
-        "base_sha256": saved.state["identity"]["base"],
-        "rank": str(recipe.lora.rank),
-        "alpha": str(recipe.lora.alpha),
-        "step": str(saved.step),
-    }
+    parts = checkpoint_parts(saved.weights(ema=not raw))
+    notes = _notes(recipe, saved)
     write_lora(
         out,
         adapters,
         layout,
+        parts=parts,
         family=recipe.model.type,
         original=_original(recipe.model.type),
         notes=notes,
         dtype=getattr(torch, DTYPES[dtype]),
     )
+    if parts:
+        Out(as_json).note(
+            f"{out} also holds what was trained whole ({', '.join(sorted(parts)[:3])}"
+            f"{', ...' if len(parts) > 3 else ''}): motionloom alone reads that, other programs leave it out "
+            "or refuse the file"
+        )
     size, lora = out.stat().st_size, recipe.lora
     Out(as_json).result(
-        {"file": str(out), "layout": layout, "layers": len(adapters), "bytes": size, **notes},
+        {
+            "file": str(out),
+            "layout": layout,
+            "layers": len(adapters),
+            "parts": len(parts),
+            "bytes": size,
+            **notes,
+        },
         [f"{out}: {len(adapters)} layers, rank {lora.rank}, alpha {lora.alpha:g}, {size:,} bytes"],
     )
+
+
+def _notes(recipe: Recipe, saved: Checkpoint) -> dict[str, str]:
+    from motionloom.train.lora_files import Notes
+
+    references = recipe.references
+    said = Notes(
+        # Its own name and its folder's: what is above them is nobody else's business.
+        "/".join(Path(recipe.lora.base or recipe.model.name_or_path).parts[-2:]),
+        saved.state["identity"]["base"],
+        references.downscale if references.enabled else None,
+        references.frame_stride if references.enabled else None,
+    )
+    own = {"rank": str(recipe.lora.rank), "alpha": str(recipe.lora.alpha), "step": str(saved.step)}
+    return {**said.header(), **own}
 
 
 def merge(base: Path, out: Path, wishes: Sequence[str], as_json: bool) -> None:
@@ -73,6 +103,7 @@ def merge(base: Path, out: Path, wishes: Sequence[str], as_json: bool) -> None:
     from motionloom.backbones.weights import DIFFUSERS_NAME, Sink, open_weights, write_file, write_folder
     from motionloom.cli.convert import check_target
     from motionloom.train.lora import merged_together
+    from motionloom.train.lora_files import read_parts
 
     check_target(out)
     _refuse_run(base)
@@ -87,6 +118,15 @@ def merge(base: Path, out: Path, wishes: Sequence[str], as_json: bool) -> None:
         for path, strength in map(parse_file, wishes)
     ]
     plain = Sink.of(found.weights)
+    console = Out(as_json)
+    for path, _ in map(parse_file, wishes):
+        if parts := read_parts(path):
+            raise UserError(
+                f"{path} also holds what was trained whole ({next(iter(parts))}), which merge does not write: "
+                "give the file to generate with --lora"
+            )
+        for line in _left_out(path):
+            console.note(line)
 
     def read(name: str) -> Tensor:
         weight = plain.read(name)
@@ -96,7 +136,6 @@ def merge(base: Path, out: Path, wishes: Sequence[str], as_json: bool) -> None:
             weight = merged_together(weight, here) if here else weight
         return weight.to(dtype)
 
-    console = Out(as_json)
     with console.progress("tensors") as advance:
         config = found.sizes.to_diffusers()
         sink = Sink(plain.shapes, plain.dtypes, read)
@@ -159,35 +198,58 @@ def into_weights(model: Opened, wishes: Sequence[str]) -> None:
     """
     from torch import nn
 
-    from motionloom.train.lora import attach, layer_shapes, merge_into_base
+    from motionloom.train.lora import layer_shapes, merge_into_base
+    from motionloom.train.lora_files import read_parts
+    from motionloom.train.parts import check_parts, part_shapes, put_parts
 
     backbone = model.predictor.backbone
     assert isinstance(backbone, nn.Module)
-    shapes = layer_shapes(backbone)
-    files = [
-        (path, read_fitting(path, shapes, model.recipe.model.type), strength)
-        for path, strength in map(parse_file, wishes)
-    ]
+    modules = {"backbone": backbone, "text_encoder": model.text_encoder}
+    networks = {name: part for name, part in modules.items() if isinstance(part, nn.Module)}
+    shapes, whole = layer_shapes(backbone), part_shapes(networks)
+    files, parts = [], []
+    for path, strength in map(parse_file, wishes):
+        files.append((path, read_fitting(path, shapes, model.recipe.model.type), strength))
+        parts.append((read_parts(path), strength))
+        check_parts(parts[-1][0], whole, str(path))
     for line in _doubts(model, backbone, {path: adapters for path, adapters, _ in files}):
         Out(False).note(line)
-    for n, (_, adapters, strength) in enumerate(files):
-        attach(backbone, adapters, f"file{n}", strength)
-    merge_into_base(backbone)
+    merge_into_base(backbone, [(adapters, strength) for _, adapters, strength in files])
+    put_parts(networks, parts)
     backbone.eval().requires_grad_(False)
 
 
 def _doubts(model: Opened, backbone: nn.Module, files: Mapping[Path, Mapping[str, Adapter]]) -> Iterator[str]:
     from motionloom.train.lora import fingerprint, lora_layers, same_adapters
-    from motionloom.train.lora_files import recorded_base
+    from motionloom.train.lora_files import read_notes
 
     adapted, base = bool(lora_layers(backbone)), ""
     for path, adapters in files.items():
+        notes = read_notes(path)
         if adapted and same_adapters(backbone, adapters):
             yield f"{path} holds the adapters of this run, which are in it already: they now count twice"
-        if model.weights is not None and (recorded := recorded_base(path)):
+        if model.weights is not None and notes.base_sha256:
             base = base or fingerprint(model.weights, model.weights.read)
-            if base != recorded:
+            if base != notes.base_sha256:
                 yield f"{path} was trained on other weights than {model.weights.where}: it may do little here"
+        for key in ("downscale", "frame_stride"):
+            said = getattr(notes, f"reference_{key}")
+            if said is not None and said != (here := getattr(model.recipe.references, key)):
+                yield (
+                    f"{path} was trained with references.{key} {said}, and here it is {here}: give references "
+                    "as it knows them"
+                )
+        yield from _left_out(path)
+
+
+def _left_out(path: Path) -> Iterator[str]:
+    from motionloom.train.lora_files import unread
+
+    if left := unread(path):
+        yield (
+            f"{path}: {len(left)} of its tensors are no adapters of linear layers and are left out "
+            f"({left[0]}{', ...' if len(left) > 1 else ''})"
+        )
 
 
 def parse_file(wish: str) -> tuple[Path, float]:

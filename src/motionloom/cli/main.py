@@ -288,6 +288,40 @@ def doctor(
     command.run(what, overrides or [], cache, as_json)
 
 
+@app.command(epilog="Example: motionloom judge worlds/small/clips --manifest worlds/small/manifest.jsonl")
+def judge(
+    clips: Annotated[Path, typer.Argument(metavar="CLIPS", help="A folder of clips and their clips.json.")],
+    manifest: Annotated[
+        Path | None, typer.Option(help="What was asked, where no clips.json says it: entries by file name.")
+    ] = None,
+    request: Annotated[
+        Path | None, typer.Option(help="... or a YAML of one request for all clips, or of one each.")
+    ] = None,
+    kind: Annotated[
+        list[str] | None,
+        typer.Option(help="adherence, conditions, seam, masked, scenes, sound; default: all that fit."),
+    ] = None,
+    world: Annotated[
+        str, typer.Option(help="What ShapeWorld's oracle expects: full, quickstart or modes.")
+    ] = "full",
+    encoder: Annotated[
+        str, typer.Option(help="What compares frames: color-histogram, efficientnet-lite0 or clip:FOLDER.")
+    ] = "color-histogram",
+    cuts: Annotated[
+        str, typer.Option(help="What finds cuts: auto, shapeworld, pixels, transnetv2 or scenedetect.")
+    ] = "auto",
+    real: Annotated[
+        Path | None, typer.Option(help="A manifest of real clips, to measure jumps and consistency by.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Do clips show what was asked: attributes, seams, scenes, cuts, sound. Writes judged.json and a page."""
+    from motionloom.cli import judge as command
+
+    wish = command.Wish(manifest, request, tuple(kind or ()), world, encoder, cuts, real)
+    command.run(clips, wish, as_json)
+
+
 @app.command(epilog="Example: motionloom convert Wan2.1-T2V-1.3B models/wan-1.3b --dtype bf16")
 def convert(
     source: Annotated[

@@ -78,10 +78,16 @@ def _refuse_other(run_dir: Path, recipe: Recipe, cache: Cache, ranks: Ranks) -> 
 
 def show_start(console: Out, parts: Parts) -> None:
     """What becomes of every clip, and what else to know, before the first step."""
+    from motionloom.train.patterns import table
+
+    columns = ["pattern", "modules", "parameters"]
     for note in parts.notes:
         console.note(note)
     if parts.adapted is not None:
-        console.table("LoRA", ["pattern", "modules", "parameters"], parts.adapted.table())
+        console.table("LoRA", columns, table(parts.adapted.targets))
+    whole = parts.trained if parts.adapted is None else parts.adapted.parts
+    if whole:
+        console.table("parts that are trained whole", columns, table(whole))
     for row in parts.loader.report():
         console.note(
             f"bucket {row.shape}: {row.clips} clips, {row.batches:.4g} batches per epoch, "

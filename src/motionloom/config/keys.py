@@ -146,11 +146,13 @@ def expected(dotted: str) -> str:
 
 
 def _in_words(node: dict[str, Any]) -> str:
+    if node.keys() & {"$ref", "oneOf"}:
+        return "keys of its own"
     if "anyOf" in node:
         return " or ".join(_in_words(option) for option in node["anyOf"])
     if "enum" in node or "const" in node:
-        *most, last = node.get("enum", [node.get("const")])
-        return f"{', '.join(most)} or {last}" if most else str(last)
+        *most, last = map(str, node.get("enum", [node.get("const")]))
+        return f"{', '.join(most)} or {last}" if most else last
     if "prefixItems" in node:
         return f"a list of {len(node['prefixItems'])}, each {_in_words(node['prefixItems'][0])}"
     kind = node.get("type", "")

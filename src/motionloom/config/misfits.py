@@ -36,6 +36,7 @@ def misfits(r: Recipe) -> Iterator[str]:
         yield "bucketing.enabled is true but bucketing.buckets is empty: list [width, height] pairs"
     if r.train.sample_cfg_interval[0] >= r.train.sample_cfg_interval[1]:
         yield "train.sample_cfg_interval must be [low, high] with low < high"
+    yield from _guidance_misfits(r)
     if r.train.objective != "flow" and r.flow_matching.path != "linear":
         yield "flow_matching.path cosine needs train.objective flow: use path linear or objective flow"
     if r.diffusion.beta_start > r.diffusion.beta_end:
@@ -54,6 +55,22 @@ def misfits(r: Recipe) -> Iterator[str]:
     yield from _vae_misfits(r.tokenizer)
     yield from _size_misfits(r)
     yield from _length_misfits(r)
+    yield from _reference_misfits(r)
+    yield from _story_misfits(r)
+
+
+def _guidance_misfits(r: Recipe) -> Iterator[str]:
+    """Directions that are not there, and noise levels that are none."""
+    more = r.guidance
+    conditions = {f"conditions ({one.condition})": one.interval for one in more.conditions}
+    intervals = {"skip_interval": more.skip_interval, "cross_interval": more.cross_interval, **conditions}
+    for name, (low, high) in intervals.items():
+        if low >= high:
+            yield f"guidance.{name}: an interval must be [low, high] with low < high"
+    if (more.skip_scale or more.audio_skip_scale) and not more.skip_blocks:
+        yield "guidance.skip_scale leaves out self-attention in no block: list guidance.skip_blocks, from 0"
+    if len({one.condition for one in more.conditions}) < len(more.conditions):
+        yield "guidance.conditions names a condition twice: keep one scale for each"
 
 
 def _text_misfits(text: TextEncoderConfig) -> Iterator[str]:
@@ -109,6 +126,14 @@ def _own_misfits(model: ModelConfig) -> Iterator[str]:
             f"model.dim {model.dim} does not divide into model.num_heads {model.num_heads} heads of an "
             f"even width: use {f'num_heads {fitting[-1]}' if fitting else 'an even dim'}"
         )
+    if model.audio_dim and model.type != "joint":
+        yield f"model.audio_dim is for joint, {model.type} has no sound: set model.type: joint, or leave it out"
+    if model.audio_dim % (2 * model.num_heads):
+        step = 2 * model.num_heads
+        yield (
+            f"model.audio_dim {model.audio_dim} does not divide into model.num_heads {model.num_heads} heads of "
+            f"an even width: use {neighbours(model.audio_dim, step)}"
+        )
     if model.preset:
         yield (
             f"model.preset {model.preset} names sizes of wan, cogvideox or ltx2, but model.type is "
@@ -155,9 +180,16 @@ def _imported_misfits(r: Recipe) -> Iterator[str]:
 
 
 def _lora_misfits(r: Recipe) -> Iterator[str]:
-    """Adapters that would have nothing to stand on."""
+    """Adapters that would have nothing to stand on, and keys that would say nothing."""
     if not r.lora.enabled:
+        for key in ("base", "init_from", "parts"):
+            if getattr(r.lora, key):
+                yield f"lora.{key} is set but lora.enabled is false: set that to true, or leave it out"
         return
+    if r.train.parts:
+        yield "train.parts is for training without LoRA: name them in lora.parts, beside the adapters"
+    if r.train.init_from and r.lora.init_from:
+        yield "train.init_from and lora.init_from both say where adapters start: keep one"
     if not (r.model.name_or_path or r.lora.base):
         yield "lora.enabled is true but there is no base: set model.name_or_path or lora.base"
     if r.lora.base and r.model.imported:
@@ -235,6 +267,49 @@ def _length_misfits(r: Recipe) -> Iterator[str]:
                 f"{where} {frames} gives {head + (frames - head) // step} latent frames, which do not "
                 f"divide by model.patch[0] {r.model.patch[0]}: use {neighbours(frames, *use)}"
             )
+
+
+def _reference_misfits(r: Recipe) -> Iterator[str]:
+    """References that the tokenizer cannot make, or whose sound has nothing to make it."""
+    if not r.references.enabled:
+        return
+    if r.references.audio and not r.audio.enabled:
+        yield "references.audio is true but audio.enabled is false: set audio.enabled to true as well"
+    down, (_, rows, columns) = r.references.downscale, r.model.patch
+    sizes = r.bucketing.buckets if r.bucketing.enabled else ((r.video.width, r.video.height),)
+    for size in sizes:
+        for name, pixels, cells in zip(("width", "height"), size, (columns, rows), strict=True):
+            if pixels % (step := r.tokenizer.latent_f * cells * down):
+                yield (
+                    f"references.downscale {down}: a {name} of {pixels} does not divide by {step} "
+                    f"(tokenizer.latent_f x model.patch x downscale): use {neighbours(pixels, step)}, or a "
+                    "smaller downscale"
+                )
+
+
+def _story_misfits(r: Recipe) -> Iterator[str]:
+    """Ways of putting shots together that leave no place for something else, or say nothing."""
+    stories, (least, most) = r.stories, r.stories.join
+    asked = {
+        "shots": stories.shots is not None,
+        "join": most > 0,
+        "global_caption": stories.global_caption,
+        "frames": stories.frames is not None,
+    }
+    if r.plan.type != "scenes" and (keys := [key for key, given in asked.items() if given]):
+        yield f"stories.{keys[0]} is for plan.type scenes, not {r.plan.type}: set the type, or leave it out"
+    if most and not 1 <= least <= most:
+        yield f"stories.join {[least, most]} is not [least, most] with 1 or more in each: use [1, {most}]"
+    if stories.frames is not None:
+        step, rest = frame_rule(r.tokenizer.latent_t, r.tokenizer.first_alone, r.model.patch[0])
+        if (stories.frames - rest) % step or stories.frames < step + rest:
+            yield (
+                f"stories.frames {stories.frames} does not fill tokens of {step} frames"
+                f"{' after a first frame alone' if rest else ''}: use {neighbours(stories.frames, step, rest)}"
+            )
+    if r.references.enabled and (stories.shots is not None or most):
+        key = "join" if most else "shots"
+        yield f"stories.{key} leaves no place for the reference of a whole clip: leave it out, or references"
 
 
 def frame_rule(temporal: int, first_alone: bool, patch: int) -> tuple[int, int]:

@@ -8,30 +8,19 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
-NotNegative = Annotated[int, Field(ge=0)]
-Byte = Annotated[int, Field(ge=0, le=255)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-BelowOne = Annotated[float, Field(ge=0.0, lt=1.0)]
-BetweenZeroAndOne = Annotated[float, Field(gt=0.0, lt=1.0)]
-
-
-class Section(BaseModel):
-    """Frozen, and deaf to unknown keys: they are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _true_is_no_number(cls, value: Any, info: ValidationInfo) -> Any:
-        # pydantic reads true as 1, which would make `batch_size: true` a batch of one.
-        field = cls.model_fields[info.field_name or ""]
-        if isinstance(value, bool) and field.annotation is not bool:
-            raise ValueError("true and false do not stand for a value here")
-        return value
-
+from motionloom.config.conditions import Condition
+from motionloom.config.guidance import GuidanceConfig
+from motionloom.config.section import (
+    BelowOne,
+    BetweenZeroAndOne,
+    Byte,
+    Fraction,
+    NotNegative,
+    Positive,
+    Section,
+)
 
 class VideoConfig(Section):
     """The clip that training sees."""
@@ -85,6 +74,62 @@ class TokenizerConfig(Section):
     tile_overlap: NotNegative = Field(default=64, description="VAEs only: pixels that tiles share.")
 
 
+class AudioConfig(Section):
+    """Sound <-> latents. `spectral` is fitted in closed form on the sound of the first clips that it sees."""
+
+    enabled: bool = Field(default=False, description="Whether clips have sound beside their picture.")
+    type: Literal["spectral", "ltx2_audio"] = "spectral"
+    name_or_path: str = Field(
+        default="",
+        description="A saved tokenizer or an LTX-2 folder; empty: fit a `spectral` one while caching.",
+    )
+    sample_rate: Positive = Field(default=16_000, description="Hz at which sound is looked at.")
+    channels: Positive = Field(default=32, description="Numbers in a latent.")
+    latents_per_second: Annotated[float, Field(gt=0)] = 16.0
+    whiten: Fraction = Field(
+        default=0.0,
+        description="spectral only. 1: every channel has deviation 1; less: strong channels stay stronger.",
+    )
+    fit_clips: Positive = Field(default=512, description="spectral only: how many sounds it is fitted on.")
+
+
+class ReferencesConfig(Section):
+    """Clips to be looked at, which the manifest names (`reference`); off: they are not cached."""
+
+    enabled: bool = False
+    downscale: Literal[1, 2, 4] = Field(
+        default=1, description="How many times smaller a reference is, both ways."
+    )
+    frame_stride: Positive = Field(default=1, description="Take every n-th of the clip's moments.")
+    audio: bool = Field(default=False, description="Whether the sound of references is cached as well.")
+
+
+class MasksConfig(Section):
+    """What of a clip is given, as the manifest says (`mask`); off: it is not cached."""
+
+    enabled: bool = False
+
+
+class StoriesConfig(Section):
+    """Clips of several shots: how long they are, and how they are put together while training."""
+
+    frames: Positive | None = Field(
+        default=None, description="Longest shot; none: a whole story is cut to the clip's length."
+    )
+    shots: Positive | None = Field(
+        default=None, description="Stories of more shots are used by windows of so many; none: whole."
+    )
+    join: tuple[NotNegative, NotNegative] = Field(
+        default=(0, 0), description="[least, most] unrelated clips laid end to end as shots; zeros: none."
+    )
+    max_latent_frames: Positive | None = Field(
+        default=None, description="Most latent frames of windows and of joined clips; none: any."
+    )
+    global_caption: bool = Field(
+        default=False, description="Whether the caption of the whole stands beside those of the shots."
+    )
+
+
 class TextEncoderConfig(Section):
     """Captions -> token embeddings."""
 
@@ -110,7 +155,7 @@ class TextEncoderConfig(Section):
 OWN_BACKBONES = ("factorized", "joint")
 """Backbones whose sizes a recipe chooses; the others take theirs from a preset or from the weights."""
 
-OWN_SIZES = ("dim", "depth", "num_heads", "mlp_ratio", "window_size", "dropout")
+OWN_SIZES = ("dim", "audio_dim", "depth", "num_heads", "mlp_ratio", "window_size", "dropout")
 """Keys of ``model`` that only the own backbones read."""
 
 
@@ -123,6 +168,9 @@ class ModelConfig(Section):
         default="", description="wan, cogvideox, ltx2: weights to start from; a folder or a safetensors file."
     )
     dim: Positive = 512
+    audio_dim: NotNegative = Field(
+        default=0, description="joint only: width of the stream of sound; 0: there is none."
+    )
     depth: Positive = 8
     num_heads: Positive = 8
     mlp_ratio: Annotated[float, Field(gt=0)] = 4.0
@@ -164,18 +212,42 @@ class LoraConfig(Section):
     init: Literal["kaiming", "gaussian"] = Field(
         default="kaiming", description="Of the down-projections; the others start at 0."
     )
+    init_from: str = Field(default="", description="A LoRA file whose adapters to start from; a new run.")
+    parts: tuple[str, ...] = Field(
+        default=(), description="Ordered patterns of parameters that are trained whole beside the adapters."
+    )
 
 
 class PlanConfig(Section):
     """What each token is."""
 
-    type: Literal["text_to_video", "first_frame", "scenes", "chunks"] = "text_to_video"
-    probability: Fraction = Field(default=0.5, description="first_frame: how often it is given in training.")
-    expand_probability: Fraction = Field(
-        default=0.5, description="scenes: how often all but the last are given."
+    type: Literal["text_to_video", "scenes", "chunks"] = "text_to_video"
+    modalities: tuple[Literal["video", "audio"], ...] = Field(
+        default=("video",), description="What is made or given: video, audio or both."
     )
-    visibility: Literal["mask2dit", "summary", "full"] = Field(
+    audio_loss: Annotated[float, Field(gt=0)] = Field(
+        default=1.0, description="Weight of the sound's loss beside the video's."
+    )
+    conditions: tuple[Condition, ...] = Field(
+        default=(), description="What may be given, see docs/conditions.md; none: all is made."
+    )
+    choose: Literal["any", "one"] = Field(
+        default="any", description="any: each is drawn by itself; one: at most one of them per sample."
+    )
+    visibility: Literal["mask2dit", "summary", "cinetrans", "full"] = Field(
         default="mask2dit", description="scenes: what they see of each other."
+    )
+    positions: Literal["continuous", "reset", "jump", "gap"] = Field(
+        default="continuous", description="scenes: where the next one stands in time."
+    )
+    jump: Annotated[float, Field(gt=0)] = Field(
+        default=0.5, description="positions jump: token frames that each cut adds."
+    )
+    gap: Annotated[float, Field(gt=0)] = Field(
+        default=4.0, description="positions gap: seconds that each cut adds."
+    )
+    noise: Literal["shared", "own"] = Field(
+        default="shared", description="scenes: one noise level for all, or one for each."
     )
     frames: Positive = Field(default=3, description="chunks: latent frames of a chunk.")
     first_alone: bool = Field(default=False, description="chunks: chunk 0 is one frame.")
@@ -265,6 +337,10 @@ class TrainConfig(Section):
     )
     sharding: Literal["ddp", "fsdp"] = "ddp"
     init_from: str = Field(default="", description="Checkpoint whose weights to start from; a new run.")
+    parts: tuple[str, ...] = Field(
+        default=(),
+        description="Ordered patterns of parameters; what they take is trained, the rest frozen. Empty: all.",
+    )
     sample_every_steps: NotNegative = Field(default=0, description="0: no samples while training.")
     sample_prompts: tuple[str, ...] = Field(default=(), description="None: the first held-out captions.")
     sample_num_images: Positive = 4
@@ -304,6 +380,10 @@ class Recipe(Section):
     bucketing: BucketingConfig = BucketingConfig()
     preprocess: PreprocessConfig = PreprocessConfig()
     tokenizer: TokenizerConfig = TokenizerConfig()
+    audio: AudioConfig = AudioConfig()
+    references: ReferencesConfig = ReferencesConfig()
+    masks: MasksConfig = MasksConfig()
+    stories: StoriesConfig = StoriesConfig()
     text_encoder: TextEncoderConfig = TextEncoderConfig()
     model: ModelConfig = ModelConfig()
     lora: LoraConfig = LoraConfig()
@@ -311,6 +391,7 @@ class Recipe(Section):
     diffusion: DiffusionConfig = DiffusionConfig()
     flow_matching: FlowMatchingConfig = FlowMatchingConfig()
     train: TrainConfig = TrainConfig()
+    guidance: GuidanceConfig = GuidanceConfig()
     ema: EmaConfig = EmaConfig()
 
     @model_validator(mode="after")

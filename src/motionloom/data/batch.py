@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,8 +35,8 @@ class Latents:
 
     def map(self, move: Callable[[Tensor], Tensor]) -> Latents:
         """``move`` on every tensor."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{n: move(t) for n, t in tensors.items() if isinstance(t, Tensor)})
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{n: move(v) for n, v in values.items() if isinstance(v, Tensor)})
 
 
 @dataclass(frozen=True)

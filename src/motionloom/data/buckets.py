@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 from motionloom.config.recipe import Recipe
-from motionloom.tokenizers import TokenizerSpec, scene_latents
+from motionloom.tokenizers import TokenizerSpec, latent_scenes, scene_latents
 
 
 @dataclass(frozen=True, order=True)
 class Bucket:
-    """A clip's shape in pixels."""
+    """A clip's shape in pixels. Sound alone is 0 pixels wide and high; its frames say how long it lasts."""
 
     width: int
     height: int
@@ -23,18 +22,32 @@ class Bucket:
 
     def __str__(self) -> str:
         frames = "+".join(map(str, self.shots)) or self.frames
-        return f"{self.width}x{self.height}x{frames}"
+        return f"sound-{frames}" if self.is_sound else f"{self.width}x{self.height}x{frames}"
 
     @staticmethod
     def parse(text: str) -> Bucket:
         """The bucket that ``str`` wrote."""
+        if text.startswith("sound-"):
+            return Bucket(0, 0, int(text.removeprefix("sound-")))
         width, height, frames = text.split("x")
         shots = tuple(map(int, frames.split("+")))
         return Bucket(int(width), int(height), sum(shots), shots if len(shots) > 1 else ())
 
+    @property
+    def is_sound(self) -> bool:
+        """Whether its clips have no picture."""
+        return not self.width
+
+    @property
+    def alone(self) -> tuple[int, ...]:
+        """Frames of each part that is encoded by itself: the shots, or the clip as a whole."""
+        return self.shots or (self.frames,)
+
     def latent_grid(self, spec: TokenizerSpec) -> tuple[int, int, int]:
         """(F, h, w) of its clips' latents. Raises UserError for a size that the tokenizer cannot make."""
-        frames, rows, columns = spec.latent_grid((self.shots or (self.frames,))[0], self.height, self.width)
+        if self.is_sound:
+            return 0, 0, 0
+        frames, rows, columns = spec.latent_grid(self.alone[0], self.height, self.width)
         return sum(scene_latents(spec, self.shots)) if self.shots else frames, rows, columns
 
     def latent_shots(self, spec: TokenizerSpec, scene_frames: Sequence[int]) -> tuple[int, ...]:
@@ -85,11 +98,9 @@ def longest_fit(frames: int, lengths: Sequence[int]) -> int | None:
     return max((length for length in lengths if length <= frames), default=None)
 
 
-@lru_cache(maxsize=4096)
-def latent_scenes(spec: TokenizerSpec, scene_frames: tuple[int, ...]) -> tuple[int, ...]:
-    """The shot of each latent frame of a clip encoded as a whole: that of its middle pixel frame."""
-    shot_of_pixel = [shot for shot, frames in enumerate(scene_frames) for _ in range(frames)]
-    latent_frames = spec.latent_grid(len(shot_of_pixel), spec.spatial, spec.spatial)[0]
-    ends = [spec.pixel_frames(f + 1) for f in range(latent_frames)]
-    begins = [0, *ends[:-1]]
-    return tuple(shot_of_pixel[(begin + end) // 2] for begin, end in zip(begins, ends, strict=True))
+def whole_frames(spec: TokenizerSpec, frames: int, patch: int) -> int:
+    """How many of so many frames fill latent frames in groups of ``patch``, those of one token."""
+    head = int(spec.first_alone)
+    latents = head + (frames - head) // spec.temporal if frames else 0
+    latents -= latents % patch
+    return spec.pixel_frames(latents) if latents else 0

@@ -2,7 +2,15 @@
 
     {"id": "cats/jump", "path": "cats/jump.mp4", "caption": "a cat jumps", "start": 1.5, "end": 4.0}
 
-``path`` is relative to the manifest's folder, or absolute. All times are seconds on the file's own clock.
+``path`` is relative to the manifest's folder, or absolute; a sound file is a clip of sound alone. All times
+are seconds on the file's own clock. Beside the clip may stand, named as ``path`` is:
+
+    "audio"       its sound; without it that of the clip's own file
+    "reference"   a clip or picture to be looked at (and "reference_caption", what is seen in it)
+    "mask"        a clip or picture: white is given, black is to be made
+
+They run on the clip's clock: ``start`` and ``end`` hold for them as well. The scenes of a story may come from
+files of their own, each with a ``path``; their times are then on the clocks of those.
 """
 
 from __future__ import annotations
@@ -25,8 +33,12 @@ from motionloom.errors import UserError
 # What other tools call the same thing; the first is ours. ``frames_dir`` and ``image_path`` are mmdit's.
 PATH_KEYS = ("path", "frames_dir", "image_path", "video_path", "file_name", "file", "video", "image")
 CAPTION_KEYS = ("caption", "text", "prompt")
+BESIDE = ("audio", "reference", "mask")
+"""What may stand beside a clip: names of files."""
 _DETAILS = ("fps", "frames", "width", "height", "start", "end", "scenes", "captions", "kind", "caption_from")
-_OWN_KEYS = frozenset((*PATH_KEYS, *CAPTION_KEYS, *_DETAILS, "id", "attributes"))
+_OWN_KEYS = frozenset(
+    (*PATH_KEYS, *CAPTION_KEYS, *_DETAILS, *BESIDE, "reference_caption", "id", "attributes")
+)
 _LARGEST = 1e8  # seconds, frames or pixels: three years of film
 _MAX_ID_BYTES = 200  # leaves room for a suffix in the 255 bytes that file systems give a name
 _WINDOWS_NAMES = re.compile(r"(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?", re.IGNORECASE)
@@ -35,11 +47,15 @@ _UNSAFE_CHARACTERS = re.compile(r'[\x00-\x1f\x7f<>:"|?*\\]')
 
 @dataclass(frozen=True)
 class Scene:
-    """A shot: from ``start`` until ``end`` in seconds, and what is seen in it."""
+    """A shot: from ``start`` until ``end`` in seconds, and what is seen in it.
+
+    ``path`` is the shot's own file, and the clock its own, where it is not a part of the entry's.
+    """
 
     start: float
     end: float
     caption: str
+    path: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +65,7 @@ class ManifestEntry:
     ``fps``, ``frames``, ``width`` and ``height`` describe the file (for a frame folder ``fps`` *is* its
     rate). ``start`` and ``end`` choose a part of it; ``captions`` are other wordings of ``caption``;
     ``attributes`` is anything else that is known (tags, group, ...). ``kind`` and ``caption_from`` are what
-    ingest found.
+    ingest found. ``audio``, ``reference`` and ``mask`` are files beside it.
     """
 
     id: str
@@ -66,6 +82,21 @@ class ManifestEntry:
     attributes: Mapping[str, Any] = field(default_factory=dict)
     kind: str | None = None
     caption_from: str | None = None
+    audio: Path | None = None
+    reference: Path | None = None
+    reference_caption: str | None = None
+    mask: Path | None = None
+
+    @property
+    def of_several_files(self) -> bool:
+        """Whether its scenes lie in files of their own."""
+        return any(scene.path is not None for scene in self.scenes)
+
+    def files(self, *beside: str) -> list[Path]:
+        """All that it is read from: the clip or its scenes, and what is named of `BESIDE`."""
+        scenes = list(dict.fromkeys(scene.path for scene in self.scenes if scene.path is not None))
+        named = [path for name in beside if (path := getattr(self, name)) is not None]
+        return [*(scenes or [self.path]), *named]
 
 
 @dataclass(frozen=True)
@@ -145,13 +176,10 @@ def read_manifest(path: str | os.PathLike[str]) -> tuple[list[ManifestEntry], Pr
             if entry.id in entries:
                 what = f'id "{entry.id}" is that of line {lines[entry.id]} already'
                 raise MediaError(where, what, "give each clip its own id", "duplicate id")
-            if not entry.path.exists():
-                raise MediaError(
-                    where,
-                    f"{entry.path} does not exist",
-                    "correct the path or restore the file",
-                    "missing file",
-                )
+            for file in entry.files(*BESIDE):
+                if not file.exists():
+                    what, fix = f"{file} does not exist", "correct the path or restore the file"
+                    raise MediaError(where, what, fix, "missing file")
         except MediaError as error:
             problems.add(Problem.of(error))
         else:
@@ -179,7 +207,7 @@ def read_entry(
     size: tuple[int, int] | None = None,
     **options: Any,
 ) -> Clip:
-    """The pixels of an entry: `read_clip` on the part from its ``start`` to its ``end``."""
+    """The pixels of an entry of one file: `read_clip` on the part from its ``start`` to its ``end``."""
     duration = None if entry.end is None else entry.end - entry.start
     return read_clip(
         entry.path,
@@ -227,9 +255,15 @@ def safe_id(text: str) -> str:
 def entry_from_record(record: Mapping[str, Any], folder: Path, where: str) -> ManifestEntry:
     """A checked entry from one line; ``folder`` is what relative paths start from. Raises `MediaError`."""
     name = _first(record, PATH_KEYS)
-    if not isinstance(name, str) or not name or "\0" in name or not _encodes(name):
-        problem = "has no path" if name is None else f"path is {_type_name(name)}, not a file's name"
-        raise MediaError(where, problem, 'add "path": the clip\'s file, relative to the manifest', "no path")
+    if name is None and isinstance(record.get("scenes"), list):
+        # A story whose scenes bring their own files is named after the first of them.
+        scenes_files = (item.get("path") for item in record["scenes"] if isinstance(item, Mapping))
+        name = next((file for file in scenes_files if file is not None), None)
+    if name is None:
+        raise MediaError(
+            where, "has no path", 'add "path": the clip\'s file, relative to the manifest', "no path"
+        )
+    path = _file(name, "path", folder, where)
     if "id" in record:
         id = check_id(record["id"], where)
     else:
@@ -239,7 +273,11 @@ def entry_from_record(record: Mapping[str, Any], folder: Path, where: str) -> Ma
     if end is not None and end <= (start or 0.0):
         what = f"end {end:g} s is not after start {start or 0:g} s"
         raise MediaError(where, what, "swap or correct them", "bad times")
-    scenes = _scenes(record.get("scenes"), start or 0.0, end, where)
+    scenes = _scenes(record.get("scenes"), start or 0.0, end, folder, where)
+    beside = {key: _file(record[key], key, folder, where) for key in BESIDE if record.get(key) is not None}
+    if any(scene.path for scene in scenes) and (lost := beside.keys() & {"audio", "mask"}):
+        what = f"{min(lost)} cannot run beside scenes of several files"
+        raise MediaError(where, what, "leave it out, or join the scenes to one file", "bad scenes")
     captions = _captions(record.get("captions"), where)
     attributes = record.get("attributes", {})
     if not isinstance(attributes, Mapping):
@@ -249,7 +287,7 @@ def entry_from_record(record: Mapping[str, Any], folder: Path, where: str) -> Ma
     fps = _number(record, "fps", where, minimum=0.0, above=True)
     return ManifestEntry(
         id=id,
-        path=folder.absolute() / name,
+        path=path,
         caption=_caption(record, captions, scenes, where),
         fps=fps,
         frames=_whole(record, "frames", where),
@@ -262,6 +300,8 @@ def entry_from_record(record: Mapping[str, Any], folder: Path, where: str) -> Ma
         attributes={**{k: v for k, v in record.items() if k not in _OWN_KEYS}, **attributes},
         kind=_text_or_none(record.get("kind")),
         caption_from=_text_or_none(record.get("caption_from")),
+        reference_caption=_reference_caption(record, beside, where),
+        **beside,
     )
 
 
@@ -290,7 +330,7 @@ def check_times(entry: ManifestEntry, duration: float, where: str) -> None:
         raise MediaError(
             where, f"end {entry.end:g} s is after the end of the clip ({duration:g} s)", fix, "bad times"
         )
-    if entry.scenes and entry.scenes[-1].end > duration + slack:
+    if entry.scenes and not entry.of_several_files and entry.scenes[-1].end > duration + slack:
         what = f"a scene ends at {entry.scenes[-1].end:g} s, after the end of the clip ({duration:g} s)"
         raise MediaError(where, what, fix, "bad scenes")
 
@@ -336,24 +376,50 @@ def _record(raw: bytes, where: str) -> Mapping[str, Any]:
 
 
 def _record_of(entry: ManifestEntry, folder: Path) -> dict[str, Any]:
-    inside = entry.path.is_relative_to(folder)
-    record: dict[str, Any] = {
-        "id": entry.id,
-        "path": entry.path.relative_to(folder).as_posix() if inside else str(entry.path),
-        "caption": entry.caption,
-    }
-    for key in ("kind", "caption_from", "fps", "frames", "width", "height", "end"):
+    record: dict[str, Any] = {"id": entry.id, "path": _named(entry.path, folder), "caption": entry.caption}
+    for key in ("kind", "caption_from", "fps", "frames", "width", "height", "end", "reference_caption"):
         if getattr(entry, key) is not None:
             record[key] = getattr(entry, key)
+    for key in BESIDE:
+        if (path := getattr(entry, key)) is not None:
+            record[key] = _named(path, folder)
     if entry.start:
         record["start"] = entry.start
     if entry.scenes:
-        record["scenes"] = [vars(scene) for scene in entry.scenes]
+        record["scenes"] = [_scene_record(scene, folder) for scene in entry.scenes]
     if entry.captions:
         record["captions"] = list(entry.captions)
     if entry.attributes:
         record["attributes"] = dict(entry.attributes)
     return record
+
+
+def _named(path: Path, folder: Path) -> str:
+    """A file as the manifest names it: relative if it lies below the manifest's folder."""
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
+
+
+def _scene_record(scene: Scene, folder: Path) -> dict[str, Any]:
+    record = {"start": scene.start, "end": scene.end, "caption": scene.caption}
+    return record if scene.path is None else {**record, "path": _named(scene.path, folder)}
+
+
+def _file(name: object, key: str, folder: Path, where: str) -> Path:
+    """The file that ``key`` names. Raises `MediaError` if that is no name of a file."""
+    if not isinstance(name, str) or not name or "\0" in name or not _encodes(name):
+        what = f"{key} is {_type_name(name)}, not a file's name"
+        raise MediaError(where, what, f"give {key} a file, relative to the manifest", "no path")
+    return folder.absolute() / name
+
+
+def _reference_caption(record: Mapping[str, Any], beside: Mapping[str, Path], where: str) -> str | None:
+    value = record.get("reference_caption")
+    if value is None:
+        return None
+    if "reference" not in beside:
+        what = "has a reference_caption and no reference"
+        raise MediaError(where, what, 'add "reference", or leave it out', "bad caption")
+    return check_caption(value, where)
 
 
 def _caption(
@@ -380,14 +446,18 @@ def _captions(value: object, where: str) -> tuple[str, ...]:
     return tuple(check_caption(caption, where) for caption in value)
 
 
-def _scenes(value: object, start: float, end: float | None, where: str) -> tuple[Scene, ...]:
-    """Scenes in order of time, checked: within the entry's part, none overlapping."""
+def _scenes(value: object, start: float, end: float | None, folder: Path, where: str) -> tuple[Scene, ...]:
+    """Scenes in order of time, checked: within the entry's part, none overlapping. Those of several files
+    stay in the order in which they stand."""
     if value is None:
         return ()
     if not isinstance(value, list) or not all(isinstance(item, Mapping) for item in value):
         fix = 'write [{"start": 0, "end": 2, "caption": "..."}, ...]'
         raise MediaError(where, "scenes is not a list of objects", fix, "bad scenes")
-    scenes = []
+    scenes, alone = [], [isinstance(item.get("path"), str) for item in value]
+    if any(alone) and not all(alone):
+        what = f"scene {alone.index(False)} has no path, others have"
+        raise MediaError(where, what, "give all scenes a file of their own, or none", "bad scenes")
     for index, item in enumerate(value):
         here = f"{where} scene {index}"
         first, last = _number(item, "start", here, minimum=0.0), _number(item, "end", here, minimum=0.0)
@@ -395,10 +465,13 @@ def _scenes(value: object, start: float, end: float | None, where: str) -> tuple
             raise MediaError(
                 here, "does not run from a start to a later end", "give both in seconds", "bad scenes"
             )
-        if first < start or (end is not None and last > end):
+        path = _file(item["path"], "path", folder, here) if alone[index] else None
+        if path is None and (first < start or (end is not None and last > end)):
             what = f"({first:g} to {last:g} s) reaches out of the clip's start and end"
             raise MediaError(here, what, "cut it to fit", "bad scenes")
-        scenes.append(Scene(first, last, check_caption(_first(item, CAPTION_KEYS) or "", here)))
+        scenes.append(Scene(first, last, check_caption(_first(item, CAPTION_KEYS) or "", here), path))
+    if any(alone):
+        return tuple(scenes)
     scenes.sort(key=lambda scene: scene.start)
     for before, after in itertools.pairwise(scenes):
         if after.start < before.end:

@@ -14,6 +14,8 @@ from itertools import product
 import numpy as np
 
 from motionloom.data.shapeworld import Attributes, Facts, World, adherence, oracle, prompt
+from motionloom.evals.asked import Sample
+from motionloom.evals.figures import Report, summarise
 from motionloom.rng import numpy_rng
 
 PROTOCOL = "shapeworld-adherence-v1"
@@ -56,3 +58,17 @@ def judge(videos: Iterable[np.ndarray], wanted: Sequence[Facts], world: World) -
     """Read every clip, uint8 (F, H, W, 3), back and compare."""
     pairs = zip(videos, wanted, strict=True)
     return Adherence(tuple(adherence(oracle(video, world), what) for video, what in pairs))
+
+
+def judge_adherence(samples: Sequence[Sample], world: World) -> Report:
+    """Every clip of one scene whose prompt names ShapeWorld's attributes: which of them it obeys."""
+    rows: list[dict[str, float | None]] = []
+    for sample in samples:
+        facts = sample.asked.facts
+        assert facts is not None
+        assert len(facts) == 1, "a clip of one scene"
+        obeyed = adherence(oracle(sample.video_PHW3, world), facts[0])
+        right = {**obeyed, "all": all(obeyed[name] for name in JUDGED)}
+        rows.append({name: float(yes) for name, yes in right.items()})
+    names, prompts = zip(*((sample.name, sample.asked.prompt) for sample in samples), strict=True)
+    return summarise("adherence", PROTOCOL, names, rows, {"": "oracle"}, groups=prompts)

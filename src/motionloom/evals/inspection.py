@@ -60,12 +60,9 @@ def extent(recipe: Recipe, backbone: Any) -> tuple[int, int]:
     return recipe.model.dim, recipe.model.depth
 
 
-def frozen_by_lora(recipe: Recipe, modules: Mapping[str, nn.Module]) -> int:
-    """How many parameters stay as they are: with LoRA all but the adapters, else none."""
-    if not recipe.lora.enabled:
-        return 0
-    names = ((name, p) for module in modules.values() for name, p in module.named_parameters())
-    return sum(p.numel() for name, p in names if ".lora_" not in name)
+def frozen_parameters(modules: Mapping[str, nn.Module]) -> int:
+    """How many parameters stay as they are."""
+    return sum(p.numel() for module in modules.values() for p in module.parameters() if not p.requires_grad)
 
 
 def memory(
@@ -101,13 +98,13 @@ def inspect_recipe(recipe: Recipe, spec: TokenizerSpec, modules: Mapping[str, nn
     rows = bucket_rows(recipe, spec)
     counts = parameters(modules)
     most = max(row["tokens"] for row in rows)
-    frozen = frozen_by_lora(recipe, modules)
-    adapters = {"trained": counts["total"] - frozen} if recipe.lora.enabled else {}
+    frozen = frozen_parameters(modules)
+    trained = {"trained": counts["total"] - frozen} if frozen else {}
     return {
         "kind": "recipe",
         "plan": recipe.plan.type,
         "backbone": recipe.model.type,
-        "parameters": {**counts, **adapters},
+        "parameters": {**counts, **trained},
         "buckets": rows,
         "text_tokens": recipe.text_encoder.max_length,
         "tokens_per_step": recipe.train.batch_size * recipe.train.grad_accum_steps * most,

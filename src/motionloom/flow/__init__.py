@@ -15,7 +15,16 @@ from motionloom.flow.convert import (
     to_pair,
 )
 from motionloom.flow.discrete import DiscretePrediction, DiscreteSchedule
-from motionloom.flow.guidance import Guidance, classifier_free, delta_to_scale, rescale
+from motionloom.flow.guidance import (
+    Guidance,
+    Pass,
+    Perturbation,
+    Scales,
+    Term,
+    classifier_free,
+    delta_to_scale,
+    rescale,
+)
 from motionloom.flow.paths import COSINE, LINEAR, PATHS, Path, broadcast_sigma
 from motionloom.flow.solvers import (
     SOLVERS,
@@ -42,8 +51,12 @@ __all__ = [
     "DiscreteSchedule",
     "Guidance",
     "Kind",
+    "Pass",
     "Path",
+    "Perturbation",
+    "Scales",
     "Solver",
+    "Term",
     "TimeSampling",
     "VelocityFn",
     "alpha_bar_to_sigma",

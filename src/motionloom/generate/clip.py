@@ -5,35 +5,60 @@ Shapes: B batch, P pixel frames, H x W pixels, F token frames, S cells of a fram
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from motionloom.config.conditions import Base, Reference
 from motionloom.config.recipe import Recipe
 from motionloom.errors import UserError
-from motionloom.flow import DiscreteSchedule, Guidance
+from motionloom.flow import PATHS, DiscreteSchedule, Guidance
+from motionloom.generate.guided import recipe_guidance
 from motionloom.generate.model import Model
-from motionloom.generate.rollout import Given, Sampling, rollout
+from motionloom.generate.rollout import Sampling, Task, rollout
+from motionloom.generate.sources import Source, source_values
 from motionloom.nn.patching import patchify, unpatchify
-from motionloom.plans import Geometry
+from motionloom.plans import NOTHING, Conditions, Geometry, Given, Sample, Text, Values, as_shown
 from motionloom.rng import torch_generator
+from motionloom.tokenizers import decode_scenes
 
 
 @dataclass(frozen=True)
 class ClipRequest:
-    """What to make. ``None`` takes the recipe's value."""
+    """What to make: clips of one shape under one list of conditions. ``None`` takes the recipe's value."""
 
     prompts: tuple[str, ...]
+    """One per clip: its caption, or what is said of the whole where ``scenes`` say the rest."""
     frames: int | None = None
+    """Pixel frames of a clip of one shot."""
     height: int | None = None
     width: int | None = None
     fps: float | None = None
     negative: str = ""
-    first_frames: Tensor | None = None
-    """uint8 (B, p, H, W, 3): pixels of the first latent frame, one per prompt."""
+    scenes: tuple[tuple[str, ...], ...] = ()
+    """Captions of the scenes, per clip; empty: the prompt is the caption of the only one."""
+    shots: tuple[int, ...] = ()
+    """Pixel frames of each scene; empty: they share the clip's evenly."""
+    conditions: tuple[Base, ...] = ()
+    sources: tuple[Source, ...] = ()
+    """What each condition brings, one per prompt each."""
     seed: int = 0
+
+
+@dataclass(frozen=True)
+class Clip:
+    """What came of a prompt."""
+
+    video_PHW3: Tensor | None
+    """uint8; None: the model makes sound alone."""
+    sound_ZM: Tensor | None = None
+    """float32 (channels, samples) in [-1, 1]."""
+    sample_rate: int = 0
+    tokens: Mapping[str, Tensor] = field(default_factory=dict)
+    """(F, S, C) by modality, as the rollout left them: what was given is in them to the bit."""
 
 
 Progress = Callable[[int, int], None]
@@ -52,11 +77,7 @@ def recipe_sampling(
         path=recipe.flow_matching.path,
         eta=train.sample_eta,
         schedule=_ddpm_schedule(recipe),
-        guidance=Guidance(
-            scale=train.sample_cfg_scale if guidance is None else guidance,
-            rescale=train.sample_cfg_rescale,
-            interval=train.sample_cfg_interval,
-        ),
+        guidance=recipe_guidance(recipe, guidance),
     )
 
 
@@ -74,26 +95,41 @@ def generate_clips(
     batch_size: int = 32,
     progress: Progress | None = None,
 ) -> Iterator[Tensor]:
-    """One uint8 clip (P, H, W, 3) per prompt, in order.
+    """The pixels of :func:`generate`: one uint8 clip (P, H, W, 3) per prompt, in order."""
+    for clip in generate(model, request, sampling, batch_size=batch_size, progress=progress):
+        assert clip.video_PHW3 is not None, "this model makes sound alone"
+        yield clip.video_PHW3
+
+
+def generate(
+    model: Model,
+    request: ClipRequest,
+    sampling: Sampling,
+    *,
+    batch_size: int = 32,
+    progress: Progress | None = None,
+) -> Iterator[Clip]:
+    """One clip per prompt, in order.
 
     The noise of clip i is keyed by (seed, i): neither the batch size nor the other prompts change a clip
     beyond rounding.
 
     Raises:
-        UserError: no prompt, a size that the tokenizer cannot make, or a first frame that does not fit.
+        UserError: no prompt, a size that the tokenizer cannot make, or a condition or source that does not
+            fit.
     """
     if not request.prompts:
         raise UserError("nothing to generate: give at least one prompt")
-    assert request.first_frames is None or len(request.first_frames) == len(request.prompts)
     batches = -(-len(request.prompts) // batch_size)
-    for n, start in enumerate(range(0, len(request.prompts), batch_size)):
+    for n, begin in enumerate(range(0, len(request.prompts), batch_size)):
 
         def report(step: int, steps: int, n: int = n) -> None:
             if progress is not None:
                 progress(n * steps + step, batches * steps)
 
+        part = _part(request, slice(begin, begin + batch_size))
         try:
-            latents = _latents(model, request, sampling, start, batch_size, report)
+            yield from _batch(model, part, sampling, begin, report)
         except (MemoryError, RuntimeError) as error:
             if "memory" not in str(error).lower():
                 raise
@@ -101,63 +137,197 @@ def generate_clips(
                 f"clips of this size do not fit into memory ({str(error).splitlines()[0][:120]}): "
                 "make them smaller or shorter"
             ) from error
-        yield from model.tokenizer.decode(latents.cpu()).unbind(0)
 
 
-def _latents(
-    model: Model,
-    request: ClipRequest,
-    sampling: Sampling,
-    start: int,
-    batch_size: int,
-    report: Callable[[int, int], None],
-) -> Tensor:
-    """Latents (B, f, h, w, C) for the prompts from ``start``."""
-    prompts = request.prompts[start : start + batch_size]
-    usual_frames, usual_height, usual_width = model.clip_shape
-    frames = request.frames or usual_frames
-    height, width = request.height or usual_height, request.width or usual_width
-    latent_frames = model.latent_grid(frames, height, width)[0]
-    geometry = model.geometry(
-        frames, height, width, request.fps or model.fps, [latent_frames], batch=len(prompts)
+def _part(request: ClipRequest, some: slice) -> ClipRequest:
+    """The same of some of the prompts."""
+
+    def cut(source: Source) -> Source:
+        tensors = {f.name: getattr(source, f.name) for f in fields(source)}
+        parts: dict[str, Any] = {n: t[some] for n, t in tensors.items() if isinstance(t, Tensor)}
+        return replace(source, **parts)
+
+    return replace(
+        request,
+        prompts=request.prompts[some],
+        scenes=request.scenes[some],
+        sources=tuple(map(cut, request.sources)),
     )
-    given = None
-    if request.first_frames is not None:
-        given = _given(model, geometry, request.first_frames[start : start + batch_size], (height, width))
-    shape = (geometry.grid[0], geometry.grid[1] * geometry.grid[2], model.token_channels)
-    generators = [torch_generator(request.seed, "generate", start + i) for i in range(len(prompts))]
-    noise = torch.stack([torch.randn(shape, generator=g) for g in generators]).to(model.device)
+
+
+def _batch(
+    model: Model, request: ClipRequest, sampling: Sampling, begin: int, report: Callable[[int, int], None]
+) -> Iterator[Clip]:
+    task, shots = task_of(model, request, sampling, begin)
     with model.autocast():
-        x_BFSC = rollout(
+        tokens = rollout(
             model.predictor,
             model.plan,
-            geometry,
-            model.encode_text([[prompt] for prompt in prompts]),
-            noise,
-            sampling,
-            negative=model.encode_text([[request.negative]] * len(prompts)),
-            given=given,
-            generator=torch_generator(request.seed, "solver", start, device=model.device),
+            task,
+            replace(sampling, guidance=_restricted(sampling, task, request)),
+            generator=torch_generator(request.seed, "solver", begin, device=model.device),
             progress=report,
         )
-    return unpatchify(x_BFSC, geometry.grid, model.patch)
+    yield from decode(model, tokens, task.sample, shots)
 
 
-def _given(model: Model, geometry: Geometry, pixels_BPHW3: Tensor, size: tuple[int, int]) -> Given:
-    """The first frame's pixels as clean tokens."""
-    if not model.plan.knows_given:
-        raise UserError(
-            f"this model's plan is {model.recipe.plan.type}, which makes every frame: "
-            "train with plan.type=first_frame to give the first one"
+def task_of(
+    model: Model, request: ClipRequest, sampling: Sampling, begin: int = 0
+) -> tuple[Task, tuple[int, ...]]:
+    """A request as the plan speaks of it, and the pixel frames of its shots: what a training step makes of a
+    batch, made of a request.
+
+    Args:
+        begin: index of the first prompt among all, which keys its noise.
+    """
+    shots, height, width = request_shape(model, request)
+    batch = len(request.prompts)
+    sample = model.sample(shots, height, width, request.fps or model.fps, batch)
+    conditions = Conditions(request.conditions)
+    sample = with_sources(model, sample, conditions, request.sources)
+    captions, whole = _captions(request)
+    noise = {m: _noise(model, geometry, m, request.seed, begin) for m, geometry in sample.tracks.items()}
+    values = source_values(model.coders, conditions, request.sources, sample, _coded(model, shots))
+    given = conditions.fixed(sample) if request.conditions else NOTHING
+    return Task(
+        sample,
+        _text(model, request, captions, whole),
+        noise,
+        negative=model.encode_text([[request.negative] * len(shots)] * batch, _empty(whole)),
+        given=given,
+        values=_shown(values, given, request.seed, sampling.path),
+        without={name: conditions.without(name).fixed(sample) for name in sampling.guidance.conditions},
+    ), shots
+
+
+def request_shape(model: Model, request: ClipRequest) -> tuple[tuple[int, ...], int, int]:
+    """Pixel frames of each shot, height and width.
+
+    Raises:
+        UserError: the clips have different numbers of scenes, or more than there are shots.
+    """
+    usual_frames, usual_height, usual_width = model.clip_shape
+    counts = {len(captions) for captions in request.scenes} or {1}
+    if len(counts) > 1:
+        raise UserError("clips of one request have equally many scenes: make the others apart")
+    count = counts.pop()
+    frames = request.frames or usual_frames
+    shots = request.shots or ((frames,) if count == 1 else (frames // count,) * count)
+    if len(shots) != count:
+        raise UserError(f"{count} scenes and {len(shots)} lengths: give one length for each scene")
+    return tuple(shots), request.height or usual_height, request.width or usual_width
+
+
+def with_sources(model: Model, sample: Sample, conditions: Conditions, sources: Sequence[Source]) -> Sample:
+    """And what the sources say of where things stand: masks, and the places of references."""
+    masks, references = dict(sample.masks), dict(sample.references)
+    for condition, source in zip(conditions.all, sources, strict=True):
+        kind, m = condition.type, condition.modality
+        if kind == "mask" and source.mask_BFhw is not None:
+            patch = model.patch if m == "video" else (1, 1, 1)
+            mask_BFS = patchify(source.mask_BFhw[..., None].float(), patch).amin(dim=-1) > 0
+            masks[m] = mask_BFS.to(model.device)
+        if kind == "reference":
+            references[m] = (*references.get(m, ()), _reference_geometry(model, sample, source, m))
+    return replace(sample, masks=masks, references=references)
+
+
+def _reference_geometry(model: Model, sample: Sample, source: Source, modality: str) -> Geometry:
+    fps = sample.fps or model.fps
+    if modality == "audio":
+        assert source.sound_BZM is not None
+        seconds = source.sound_BZM.shape[-1] / source.sample_rate
+        return model.sound_geometry([round(seconds * fps)], fps, sample.batch)
+    if source.video_BPHW3 is None:
+        raise UserError("reference: its source has no pixels: name one that has")
+    frames, height, width = source.video_BPHW3.shape[1:4]
+    stride = model.recipe.references.frame_stride
+    return model.geometry([frames], height, width, fps / stride, sample.batch)
+
+
+def decode(
+    model: Model, tokens: Mapping[str, Tensor], sample: Sample, shots: Sequence[int]
+) -> Iterator[Clip]:
+    """Tokens to clips, one per sample."""
+    video_BPHW3 = sound_BZM = None
+    rate = 0
+    if "video" in tokens:
+        latents = unpatchify(tokens["video"], sample.tracks["video"].grid, model.patch)
+        video_BPHW3 = decode_scenes(model.tokenizer, latents.cpu(), _coded(model, shots))
+    if "audio" in tokens:
+        assert model.audio_tokenizer is not None
+        sound_BZM, rate = model.audio_tokenizer.decode(tokens["audio"].flatten(1, 2).cpu())
+    for i in range(sample.batch):
+        yield Clip(
+            None if video_BPHW3 is None else video_BPHW3[i],
+            None if sound_BZM is None else sound_BZM[i],
+            rate,
+            {m: x[i] for m, x in tokens.items()},
         )
-    if pixels_BPHW3.shape[2:4] != size:
-        has, needs = ("x".join(map(str, s)) for s in (pixels_BPHW3.shape[2:4], size))
-        raise UserError(f"the given first frame is {has} pixels, the clip {needs}: resize it first")
-    first_BFSC = patchify(model.tokenizer.encode(pixels_BPHW3), model.patch).to(model.device)
-    count = first_BFSC.shape[1]
-    assert count <= geometry.grid[0], "more is given than the clip has"
-    clean_BFSC = first_BFSC.new_zeros(geometry.batch, geometry.grid[0], *first_BFSC.shape[2:])
-    clean_BFSC[:, :count] = first_BFSC
-    given_BF = torch.zeros(clean_BFSC.shape[:2], dtype=torch.bool, device=model.device)
-    given_BF[:, :count] = True
-    return Given(clean_BFSC, given_BF)
+
+
+def _coded(model: Model, shots: Sequence[int]) -> list[int]:
+    """Pixel frames of what is coded alone."""
+    return list(shots) if model.shots_alone(len(shots)) else [sum(shots)]
+
+
+def _captions(request: ClipRequest) -> tuple[list[list[str]], list[str] | None]:
+    """Per scene, and of the whole."""
+    if not request.scenes:
+        return [[prompt] for prompt in request.prompts], None
+    whole = list(request.prompts) if any(request.prompts) else None
+    return [list(captions) for captions in request.scenes], whole
+
+
+def _empty(whole: list[str] | None) -> list[str] | None:
+    return None if whole is None else [""] * len(whole)
+
+
+def _text(model: Model, request: ClipRequest, captions: list[list[str]], whole: list[str] | None) -> Text:
+    """Captions of scenes and of the whole, and behind them those of references."""
+    text = model.encode_text(captions, whole)
+    told = [c.caption for c in request.conditions if isinstance(c, Reference)]
+    if not any(told):
+        return text
+    more = model.encode_text([told] * len(captions))
+    context_BL = torch.zeros_like(text.valid_BL)
+    return Text(
+        torch.cat([text.x_BLC, more.x_BLC], dim=1),
+        torch.cat([text.valid_BL, more.valid_BL], dim=1),
+        torch.cat([text.scene_BL, more.scene_BL + len(captions[0])], dim=1),
+        torch.cat([context_BL, torch.ones_like(more.valid_BL)], dim=1),
+    )
+
+
+def _noise(model: Model, geometry: Geometry, modality: str, seed: int, begin: int) -> Tensor:
+    """The start of every clip, keyed by its own number."""
+    if modality == "audio":
+        assert model.audio_tokenizer is not None
+        channels, purpose = model.audio_tokenizer.spec.channels, "generate audio"
+    else:
+        channels, purpose = model.token_channels, "generate"
+    shape = (geometry.grid[0], geometry.cells, channels)
+    generators = [torch_generator(seed, purpose, begin + i) for i in range(geometry.batch)]
+    return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(model.device)
+
+
+def _shown(values: Values, given: Given, seed: int, path: str) -> Values:
+    """References as the network is to see them."""
+    found = {}
+    for m, parts in values.references.items():
+        shown = []
+        for i, (x_BFSC, how) in enumerate(zip(parts, given.references.get(m, ()), strict=True)):
+            generator = torch_generator(seed, f"noise reference {m} {i}")
+            noise_BFSC = torch.randn(x_BFSC.shape, generator=generator).to(x_BFSC.device)
+            shown.append(as_shown(x_BFSC, noise_BFSC, how.noise_B, PATHS[path].mix))
+        found[m] = tuple(shown)
+    return replace(values, references=found)
+
+
+def _restricted(sampling: Sampling, task: Task, request: ClipRequest) -> Guidance:
+    """What of the guidance matters here: no pass is computed for the rest."""
+    made = [
+        m for m in task.sample.tracks if m not in task.given.marks or bool(task.given.marks[m].made_BN.any())
+    ]
+    held = {condition.type for condition in request.conditions}
+    return sampling.guidance.restricted(list(task.sample.tracks), made, held)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -11,10 +11,11 @@ from motionloom.backbones.prediction import Predictor
 from motionloom.config.misfits import frame_rule, neighbours
 from motionloom.config.recipe import Recipe
 from motionloom.errors import UserError
-from motionloom.plans import Geometry, Plan, Text
-from motionloom.plans.geometry import token_geometry
+from motionloom.generate.sources import Coders
+from motionloom.plans import Geometry, Plan, Sample, Text, token_geometry
 from motionloom.text.base import TextEncoder, encode_scenes
-from motionloom.tokenizers import VAES, Tokenizer, scene_seconds
+from motionloom.tokenizers import VAES, Tokenizer, latent_scenes, scene_seconds, scene_spans
+from motionloom.tokenizers.audio import AudioTokenizer
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class Model:
     predictor: Predictor
     plan: Plan
     device: torch.device
+    audio_tokenizer: AudioTokenizer | None = None
 
     @property
     def patch(self) -> tuple[int, int, int]:
@@ -80,34 +82,89 @@ class Model:
                 )
         return spec.latent_grid(frames, height, width)
 
-    def geometry(
-        self, frames: int, height: int, width: int, fps: float, scene_frames: Sequence[int], batch: int
-    ) -> Geometry:
-        """The token geometry of clips of so many pixel frames and pixels.
+    @property
+    def modalities(self) -> tuple[str, ...]:
+        """What its plan makes or is given: video, audio or both."""
+        return self.recipe.plan.modalities
 
-        Several shots of a VAE stand as training has them, each with a first frame of its own.
+    @property
+    def coders(self) -> Coders:
+        """How clips become tokens."""
+        return Coders(self.tokenizer, self.patch, self.audio_tokenizer)
 
-        Args:
-            frames: where shots are coded alone, their own lengths count instead.
-            scene_frames: latent frames of each shot; their sum is the clip's latent frames.
+    def shots_alone(self, count: int) -> bool:
+        """Whether each of so many shots is coded as a clip of its own, as training had them."""
+        return count > 1 and (self.recipe.plan.type == "scenes" or self.recipe.tokenizer.type in VAES)
+
+    def sample(self, shots: Sequence[int], height: int, width: int, fps: float, batch: int) -> Sample:
+        """The sample of clips of so many pixel frames per shot and so many pixels: all their tokens' places.
 
         Raises:
             UserError: a size that the tokenizer or the patch cannot make; the nearest ones are named.
         """
-        spec = self.tokenizer.spec
-        alone = len(scene_frames) > 1 and self.recipe.tokenizer.type in VAES
-        shots = [spec.pixel_frames(count) for count in scene_frames] if alone else [frames]
-        grids = [self.latent_grid(shot, height, width) for shot in shots]
+        tracks = {}
+        if "video" in self.modalities:
+            tracks["video"] = self.geometry(shots, height, width, fps, batch)
+        if "audio" in self.modalities:
+            tracks["audio"] = self.sound_geometry(shots, fps, batch)
+        return Sample(tracks, fps=fps)
+
+    def geometry(self, shots: Sequence[int], height: int, width: int, fps: float, batch: int) -> Geometry:
+        """The token geometry of the video alone, as :meth:`sample`."""
+        spec, alone = self.tokenizer.spec, self.shots_alone(len(shots))
+        coded = list(shots) if alone else [sum(shots)]
+        grids = [self.latent_grid(shot, height, width) for shot in coded]
         latent = (sum(grid[0] for grid in grids), *grids[0][1:])
-        assert latent[0] == sum(scene_frames), f"shots of {scene_frames} latent frames in {latent[0]}"
-        seconds_F = scene_seconds(spec, shots, fps).to(self.device)
-        scene_F = torch.repeat_interleave(torch.arange(len(scene_frames)), torch.tensor(list(scene_frames)))
+        if alone:
+            scene_F = torch.repeat_interleave(torch.arange(len(shots)), torch.tensor([g[0] for g in grids]))
+        else:
+            scene_F = torch.tensor(latent_scenes(spec, tuple(shots)))
         return token_geometry(
-            latent, self.patch, seconds_F[None], scene_F[None].to(self.device), spec.spatial, batch
+            latent,
+            self.patch,
+            scene_seconds(spec, coded, fps)[None].to(self.device),
+            scene_F[None].to(self.device),
+            spec.spatial,
+            batch,
+            span_BF2=scene_spans(spec, coded, fps)[None].to(self.device),
+            scenes=len(shots),
+        )
+
+    def sound_geometry(self, shots: Sequence[int], fps: float, batch: int) -> Geometry:
+        """The token geometry of the sound that lasts as long as the shots.
+
+        Raises:
+            UserError: the model has no audio tokenizer.
+        """
+        if self.audio_tokenizer is None:
+            raise UserError("this model has no audio tokenizer: train it with audio.enabled")
+        spec = self.audio_tokenizer.spec
+        count = spec.latents(sum(shots) / fps)
+        seconds_T, span_T2 = spec.seconds(count), spec.spans(count)
+        ends = torch.tensor(shots).cumsum(0) / fps
+        scene_T = torch.searchsorted(ends.contiguous(), seconds_T, right=True).clamp_max(len(shots) - 1)
+        return token_geometry(
+            (count, 1, 1),
+            (1, 1, 1),
+            seconds_T[None].to(self.device),
+            scene_T[None].to(self.device),
+            0,
+            batch,
+            span_BF2=span_T2[None].to(self.device),
+            scenes=len(shots),
         )
 
     @torch.no_grad()
-    def encode_text(self, captions: Sequence[Sequence[str]]) -> Text:
-        """Captions, per sample and scene, on this model's device."""
-        text = encode_scenes(self.text_encoder, captions)
-        return Text(text.x_BLC.to(self.device), text.valid_BL.to(self.device), text.scene_BL.to(self.device))
+    def encode_text(self, captions: Sequence[Sequence[str]], whole: Sequence[str] | None = None) -> Text:
+        """Captions, per sample and scene, on this model's device.
+
+        Args:
+            whole: what is said of each sample as a whole.
+        """
+        text = encode_scenes(self.text_encoder, captions, whole)
+        return replace(
+            text,
+            x_BLC=text.x_BLC.to(self.device),
+            valid_BL=text.valid_BL.to(self.device),
+            scene_BL=text.scene_BL.to(self.device),
+        )

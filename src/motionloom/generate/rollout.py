@@ -1,33 +1,43 @@
-"""The rollout engine: from noise to latents, under any plan, with any solver and guidance.
+"""The rollout engine: from noise to latents, under any plan, with any conditions, solver and guidance.
 
 Training roll-outs, clips, scenes and streams all come through here, over the plan code that training used.
 A plan of several stages runs from a cache where plan and backbone know one: each stage then costs its own
 tokens, and one clean pass when it is done. Elsewhere all frames are computed under the plan's mask, which
 gives the same clip: solvers walk, and draw noise for, the frames of the stage alone either way.
 
-Shapes: B batch, F token frames, S cells of a frame, C channels of a token.
+Sound and picture walk together: a solver sees one long state.
+
+Shapes: B batch, F token frames, S cells of a frame, C channels of a token, M numbers of a sample's state.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from motionloom.backbones.base import CachingBackbone
 from motionloom.backbones.prediction import Predictor
-from motionloom.flow import PATHS, SOLVERS, DiscreteSchedule, Guidance, sigma_schedule
+from motionloom.errors import UserError
+from motionloom.flow import PATHS, SOLVERS, DiscreteSchedule, Guidance, Pass, sigma_schedule
 from motionloom.nn.cache import KVCache
 from motionloom.plans import (
-    Geometry,
+    NOTHING,
+    Given,
     Layout,
+    Marks,
     Plan,
+    Sample,
+    Stage,
     StreamedPlan,
     Text,
+    Values,
     keep_given,
-    read_video,
+    read_clip,
+    speed,
+    start,
     to_streams_at,
 )
 
@@ -35,6 +45,8 @@ Progress = Callable[[int, int], None]
 """Called with (solver steps done, solver steps in all)."""
 Callback = Callable[[int, float, Tensor, Tensor], None]
 """A solver's: (step, sigma, x, clean estimate)."""
+Tokens = dict[str, Tensor]
+"""(B, F, S, C) by modality."""
 
 
 @dataclass(frozen=True)
@@ -53,102 +65,113 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Given:
-    """Given frames: their clean tokens (B, F, S, C), anything elsewhere, and which they are (B, F)."""
+class Task:
+    """What is asked for, in tokens."""
 
-    clean_BFSC: Tensor
-    given_BF: Tensor
+    sample: Sample
+    text: Text
+    noise: Tokens
+    """The start, standard normal, of every modality."""
+    negative: Text | None = None
+    """The text that guidance pushes away from; needed when guidance by text acts."""
+    given: Given = NOTHING
+    values: Values | None = None
+    """Clean tokens of what is given; needed when anything is. References stand as they are to be shown."""
+    without: Mapping[str, Given] = field(default_factory=dict)
+    """By condition: what is given without it; needed when guidance leaves it out."""
+
+    @property
+    def clean(self) -> Values:
+        """``values``, or zeros."""
+        return self.values or Values({m: torch.zeros_like(x) for m, x in self.noise.items()})
 
 
 @torch.no_grad()
 def rollout(
     predictor: Predictor,
     plan: Plan,
-    geometry: Geometry,
-    text: Text,
-    noise_BFSC: Tensor,
+    task: Task,
     sampling: Sampling,
     *,
-    negative: Text | None = None,
-    given: Given | None = None,
     generator: torch.Generator | None = None,
     progress: Progress | None = None,
-) -> Tensor:
-    """Tokens (B, F, S, C) float32 that follow ``text``; given frames come back bit-identical.
+) -> Tokens:
+    """Tokens float32 of every modality that follow the task; what is given comes back bit-identical.
 
     Args:
-        noise_BFSC: the start, standard normal.
-        negative: the text that guidance pushes away from; needed when guidance is active.
-        generator: the noise of stochastic solvers, on the device of ``noise_BFSC``.
+        generator: the noise of stochastic solvers, on the device of the noise.
+
+    Raises:
+        UserError: a hint (strength below 1) with a path or a solver that knows none.
     """
-    prompts = [text] if negative is None or sampling.guidance.scale == 1.0 else [text, negative]
-    given = given or _nothing_given(geometry, noise_BFSC)
-    clean_BFSC, given_BF = given.clean_BFSC, given.given_BF
-    stages = plan.stages(geometry)
-    caches = _caches(predictor, plan, len(stages), len(prompts))
-    for n, frames in enumerate(stages):
-        for cache in caches:
+    _check_hints(task.given, sampling, predictor)
+    stages = plan.stages(task.sample)
+    streamed = len(stages) > 1 and not any(task.given.references.values())
+    caches = _caches(predictor, plan, sampling.guidance) if streamed else {}
+    given, clean = _marked(task), dict(task.clean.clean)
+    for n, stage in enumerate(stages):
+        for cache in caches.values():
             cache.begin(n)
-        if not bool(given_BF[:, frames].all()):
-            view = _view(plan, geometry, prompts, caches, noise_BFSC, clean_BFSC, given_BF, frames)
+        now = replace(task, given=given, values=replace(task.clean, clean=clean))
+        view = _view(plan, now, sampling.guidance, caches, stage)
+        if any(bool((speed(view.layouts["cond"], m) > 0).any()) for m in view.walked):
             report = _reporter(progress, n * sampling.steps, len(stages) * sampling.steps)
-            made_BFSC = _solve(predictor, view, sampling, generator, report)
-            clean_BFSC = _put(clean_BFSC, frames, made_BFSC)
-            given_BF = _put(given_BF, frames, torch.ones_like(given_BF[:, frames]))
+            made = _solve(predictor, view, sampling, generator, report)
+            clean = {m: _put(clean[m], stage[m], made[m]) for m in clean}
+            given = _given_now(task.sample, given, stage)
         if caches and n + 1 < len(stages):
             # A clean pass, so that later chunks look at what was made and not at its noise.
-            nothing_BF = torch.zeros_like(given_BF)
-            view = _view(plan, geometry, prompts, caches, noise_BFSC, clean_BFSC, nothing_BF, frames)
-            for i, cache in enumerate(caches):
-                _velocity(predictor, view, i, view.clean_BFSC, 0.0)
-                cache.commit()
-    return clean_BFSC
+            done = replace(now, given=NOTHING, values=replace(task.clean, clean=clean))
+            _remember(predictor, _view(plan, done, sampling.guidance, caches, stage))
+    return clean
 
 
 @dataclass(frozen=True)
 class _View:
     """What the network is shown: a stage alone in front of its caches, or all frames under a mask."""
 
-    prompts: list[Text]
-    layouts: list[Layout]
-    """One per prompt, like the caches."""
-    caches: list[KVCache]
+    task: Task
+    """Cut to what is shown."""
+    passes: Mapping[str, Pass]
+    layouts: Mapping[str, Layout]
+    """By name of pass, like the caches."""
+    caches: Mapping[str, KVCache]
     """Empty: no cache, all frames."""
-    noise_BFSC: Tensor
-    """The start; frames of later stages, which this one does not see, stay at it."""
-    clean_BFSC: Tensor
-    given_BF: Tensor
-    stage: slice
-    """The frames that a solver walks over."""
+    walked: Stage
+    """The frames, of those that are shown, that a solver walks over."""
 
 
-def _view(
-    plan: Plan,
-    geometry: Geometry,
-    prompts: list[Text],
-    caches: list[KVCache],
-    noise_BFSC: Tensor,
-    clean_BFSC: Tensor,
-    given_BF: Tensor,
-    frames: slice,
-) -> _View:
+def _view(plan: Plan, task: Task, guidance: Guidance, caches: Mapping[str, KVCache], stage: Stage) -> _View:
+    passes = {one.name: one for one in guidance.passes()}
     if caches:
         assert isinstance(plan, StreamedPlan)
-        noise_BFSC, clean_BFSC, given_BF = (t[:, frames] for t in (noise_BFSC, clean_BFSC, given_BF))
-        layout = plan.stage_layout(geometry.part(frames), given_BF if bool(given_BF.any()) else None)
-        layouts, frames = [layout] * len(prompts), slice(0, given_BF.shape[1])
-    else:
-        layouts = [plan.layout(geometry, text, given_BF) for text in prompts]
-    return _View(prompts, layouts, caches, noise_BFSC, clean_BFSC, given_BF, frames)
+        task, walked = _cut(task, stage), {m: slice(0, s.stop - s.start) for m, s in stage.items()}
+        layouts = {name: plan.stage_layout(task.sample, _as_given(task, one)) for name, one in passes.items()}
+        return _View(task, passes, layouts, caches, walked)
+    layouts = {
+        name: plan.layout(task.sample, _text(task, one), _as_given(task, one)) for name, one in passes.items()
+    }
+    return _View(task, passes, layouts, caches, stage)
 
 
-def _caches(predictor: Predictor, plan: Plan, stages: int, prompts: int) -> list[KVCache]:
-    """One for each prompt, since its words reach the keys of the video; none where there is one stage only,
-    or the plan or the backbone knows no cache."""
+def _text(task: Task, one: Pass) -> Text:
+    if not one.negative:
+        return task.text
+    assert task.negative is not None, "guidance needs a negative text; the empty caption will do"
+    return task.negative
+
+
+def _as_given(task: Task, one: Pass) -> Given:
+    return task.given if one.without is None else task.without[one.without]
+
+
+def _caches(predictor: Predictor, plan: Plan, guidance: Guidance) -> dict[str, KVCache]:
+    """One for each pass, since its words and what it leaves out reach the keys of the video; none where the
+    plan or the backbone knows no cache."""
     backbone = predictor.backbone
-    if stages == 1 or not isinstance(plan, StreamedPlan) or not isinstance(backbone, CachingBackbone):
-        return []
-    return [backbone.new_cache(window=plan.window, sinks=plan.sinks) for _ in range(prompts)]
+    if not isinstance(plan, StreamedPlan) or not isinstance(backbone, CachingBackbone):
+        return {}
+    return {one.name: backbone.new_cache(window=plan.window, sinks=plan.sinks) for one in guidance.passes()}
 
 
 def _solve(
@@ -157,33 +180,120 @@ def _solve(
     sampling: Sampling,
     generator: torch.Generator | None,
     callback: Callback | None,
-) -> Tensor:
-    """One stage, from noise to data; its frames that are given stay."""
-    made_BF1 = ~view.given_BF[:, view.stage, None]
+) -> Tokens:
+    """One stage, from noise to data; what is given of it stays."""
+    task, path, layout = view.task, PATHS[sampling.path], view.layouts["cond"]
+    clean, noise = task.clean.clean, task.noise
+    modalities = list(view.walked)
+    begin = {m: start(layout, m, clean[m], noise[m], path.mix) for m in modalities}
+    shapes = {m: begin[m][:, view.walked[m]].shape[1:] for m in modalities}
 
-    def velocity(x_BFSC: Tensor, sigma: float) -> Tensor:
-        v = _velocity(predictor, view, 0, x_BFSC, sigma)
-        if not sampling.guidance.active(sigma):
-            return v
-        assert len(view.prompts) == 2, "guidance needs a negative text; the empty caption will do"
-        away = _velocity(predictor, view, 1, x_BFSC, sigma)
-        return sampling.guidance.combine(v, away, sigma, made_BF1.expand(v.shape[:3]))
+    def join(tokens: Mapping[str, Tensor]) -> Tensor:
+        return torch.cat([tokens[m].flatten(1) for m in modalities], dim=1)
+
+    def split(x_BM: Tensor) -> Tokens:
+        parts = x_BM.split([shapes[m].numel() for m in modalities], dim=1)
+        return {m: part.unflatten(1, shapes[m]) for m, part in zip(modalities, parts, strict=True)}
+
+    def velocity(x_BM: Tensor, sigma: float) -> Tensor:
+        walked = split(x_BM)
+        x = {m: _put(begin[m], view.walked[m], walked[m]) for m in modalities}
+        found = {
+            one.name: _velocity(predictor, view, one, x, sigma) for one in sampling.guidance.passes(sigma)
+        }
+        return join({m: _guided(sampling.guidance, layout, m, found, sigma, view.walked) for m in modalities})
 
     solver = SOLVERS[sampling.solver]
     options: dict[str, object] = {"generator": generator} if solver.stochastic else {}
     if sampling.solver == "ddim":
         options["eta"] = sampling.eta
-    path = PATHS[sampling.path]
     # A network that only ever saw certain noise levels is not asked at others, whatever the recipe says.
     schedule = predictor.schedule or sampling.schedule
-    noise_BFSC = view.noise_BFSC[:, view.stage]
+    x_BM = join({m: begin[m][:, view.walked[m]] for m in modalities})
     if schedule is None:
-        start_BFSC, sigmas = noise_BFSC, sigma_schedule(sampling.steps, shift=sampling.shift)
+        sigmas = sigma_schedule(sampling.steps, shift=sampling.shift)
     else:
-        start_BFSC, sigmas = schedule.start(noise_BFSC, path), schedule.grid(sampling.steps, path)
-    x_BFSC = solver.run(velocity, start_BFSC, sigmas, path=path, callback=callback, **options)
-    x_BFSC = _put(view.noise_BFSC, view.stage, x_BFSC)
-    return keep_given(view.layouts[0], view.clean_BFSC, x_BFSC)[:, view.stage]
+        x_BM, sigmas = schedule.start(x_BM, path), schedule.grid(sampling.steps, path)
+    made = split(solver.run(velocity, x_BM, sigmas, path=path, callback=callback, **options))
+    whole = {m: _put(begin[m], view.walked[m], made[m]) for m in modalities}
+    return {m: keep_given(layout, m, clean[m], whole[m])[:, view.walked[m]] for m in modalities}
+
+
+def _guided(
+    guidance: Guidance,
+    layout: Layout,
+    modality: str,
+    found: Mapping[str, Tokens],
+    sigma: float,
+    walked: Stage,
+) -> Tensor:
+    """The guided velocity of one modality's walked frames: 0 for what is given, less for hints."""
+    predictions = {name: tokens[modality] for name, tokens in found.items()}
+    if layout.tracks[modality].all_made:
+        return guidance.combine(predictions, sigma, None, modality)
+    share = speed(layout, modality)[:, walked[modality]]
+    made_BFS = (share[..., 0] > 0).expand(predictions["cond"].shape[:3])
+    v = guidance.combine(predictions, sigma, made_BFS, modality)
+    return torch.where(share == 0, 0.0, v * share)
+
+
+def _velocity(predictor: Predictor, view: _View, one: Pass, x: Tokens, sigma: float) -> Tokens:
+    """The network's velocity for the walked frames in one pass at one noise level."""
+    layout, task = view.layouts[one.name], view.task
+    mix = predictor.path.mix
+    if one.without is not None:
+        # What this pass is not given it sees as it would see any made token: noisy.
+        truth = view.layouts["cond"]
+        level = torch.full((1, 1, 1), sigma, device=next(iter(x.values())).device)
+        noisy = {m: mix(task.clean.clean[m], task.noise[m], level) for m in x}
+        x = {m: keep_given(truth, m, noisy[m], x[m]) for m in x}
+    levels = {
+        m: track.sigmas(torch.full((len(x[m]), track.num_draws), sigma, device=x[m].device))
+        for m, track in layout.tracks.items()
+    }
+    streams = to_streams_at(layout, task.clean, x, task.noise, levels, _text(task, one), mix)
+    cache = view.caches.get(one.name)
+    out = predictor.velocity(streams, layout.visibility, cache, perturb=one.perturb)
+    return {m: read_clip(layout, m, out[m])[:, view.walked[m]] for m in layout.tracks}
+
+
+def _remember(predictor: Predictor, view: _View) -> None:
+    """The keys and values of a finished stage into the caches."""
+    for name, one in view.passes.items():
+        _velocity(predictor, view, replace(one, without=None), dict(view.task.clean.clean), 0.0)
+        view.caches[name].commit()
+
+
+def _marked(task: Task) -> Given:
+    """What is given, with no marks on a modality of which nothing is."""
+    marks = {m: marks for m, marks in task.given.marks.items() if bool((marks.kind_BN > 0).any())}
+    return replace(task.given, marks=marks)
+
+
+def _given_now(sample: Sample, given: Given, stage: Stage) -> Given:
+    """And all of a stage that was made."""
+    marks = dict(given.marks)
+    for modality, frames in stage.items():
+        geometry = sample.tracks[modality]
+        done_F = torch.zeros(geometry.grid[0], dtype=torch.bool, device=geometry.device)
+        done_F[frames] = True
+        nothing = Marks((), torch.zeros(1, geometry.tokens, dtype=torch.long, device=geometry.device))
+        marks[modality] = marks.get(modality, nothing).and_exactly(geometry.per_token(done_F[None]))
+    return replace(given, marks=marks)
+
+
+def _cut(task: Task, stage: Stage) -> Task:
+    """A task's part in one stage."""
+    cells = {m: geometry.cells for m, geometry in task.sample.tracks.items()}
+    tokens = {m: slice(s.start * cells[m], s.stop * cells[m]) for m, s in stage.items()}
+    return replace(
+        task,
+        sample=task.sample.part(stage),
+        noise={m: task.noise[m][:, s] for m, s in stage.items()},
+        given=task.given.part(tokens),
+        values=task.clean.part(stage),
+        without={name: given.part(tokens) for name, given in task.without.items()},
+    )
 
 
 def _put(t_BF: Tensor, frames: slice, part: Tensor) -> Tensor:
@@ -191,20 +301,14 @@ def _put(t_BF: Tensor, frames: slice, part: Tensor) -> Tensor:
     return torch.cat([t_BF[:, : frames.start], part, t_BF[:, frames.stop :]], dim=1)
 
 
-def _nothing_given(geometry: Geometry, like_BFSC: Tensor) -> Given:
-    given_BF = torch.zeros(geometry.batch, geometry.grid[0], dtype=torch.bool, device=geometry.device)
-    return Given(torch.zeros_like(like_BFSC), given_BF)
-
-
-def _velocity(predictor: Predictor, view: _View, prompt: int, x_BFSC: Tensor, sigma: float) -> Tensor:
-    """The network's velocity for the stage at one noise level; 0 for frames that are given."""
-    layout, text = view.layouts[prompt], view.prompts[prompt]
-    x_BFSC = _put(view.noise_BFSC, view.stage, x_BFSC)
-    sigma_BD = torch.full((x_BFSC.shape[0], layout.num_draws), sigma, device=x_BFSC.device)
-    streams = to_streams_at(layout, view.clean_BFSC, x_BFSC, layout.levels(sigma_BD), text)
-    cache = view.caches[prompt] if view.caches else None
-    v_BFSC = read_video(layout, predictor.velocity(streams, layout.visibility, cache)["video"])
-    return keep_given(layout, torch.zeros_like(v_BFSC), v_BFSC)[:, view.stage]
+def _check_hints(given: Given, sampling: Sampling, predictor: Predictor) -> None:
+    hints = any(kind.strength < 1 for marks in given.marks.values() for kind in marks.kinds)
+    if not hints:
+        return
+    if sampling.path != "linear" or (predictor.schedule or sampling.schedule) is not None:
+        raise UserError("strength below 1 needs a network on the linear flow path; give it at strength 1")
+    if sampling.solver == "consistency" or (sampling.solver == "ddim" and sampling.eta > 0):
+        raise UserError(f"strength below 1 does not go with the fresh noise of {sampling.solver}: take euler")
 
 
 def _reporter(progress: Progress | None, done: int, total: int) -> Callback | None:

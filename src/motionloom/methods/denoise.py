@@ -6,6 +6,8 @@ C channels; L text tokens; D independent noise levels.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -13,13 +15,23 @@ from motionloom.backbones.base import Backbone
 from motionloom.backbones.prediction import Predictor
 from motionloom.config.recipe import Recipe
 from motionloom.data.batch import Batch
+from motionloom.data.sample import batch_sample
 from motionloom.errors import UserError
 from motionloom.methods.objective import objective
 from motionloom.nn.patching import patchify
-from motionloom.plans import Layout, Plan, Streams, Text, to_streams
-from motionloom.plans.geometry import token_geometry
+from motionloom.plans import (
+    Given,
+    Layout,
+    Plan,
+    Stream,
+    Streams,
+    Text,
+    Values,
+    as_shown,
+    to_streams,
+)
+from motionloom.plans.tokens import ByModality
 from motionloom.text.base import TextEncoder, encode_scenes
-from motionloom.tokenizers.base import TokenizerSpec
 from motionloom.train.method import Losses, StepContext
 from motionloom.train.muon import OPTIMIZERS
 
@@ -29,7 +41,6 @@ class Denoise:
 
     Args:
         backbone: an ``nn.Module`` as well.
-        spec: of the tokenizer that made the latents.
         text_encoder: needed when it is trained; its embeddings then come from it and not from the cache.
     """
 
@@ -38,10 +49,11 @@ class Denoise:
         recipe: Recipe,
         backbone: Backbone,
         plan: Plan,
-        spec: TokenizerSpec,
         text_encoder: TextEncoder | None = None,
     ) -> None:
-        self._plan, self._spec = plan, spec
+        self._plan = plan
+        self._fps = recipe.video.fps / recipe.video.frame_stride
+        self._modalities = recipe.plan.modalities
         self._patch = backbone.patch
         self._caption_dropout = recipe.train.cfg_dropout_prob
         # A backbone with dropout draws its masks from a generator that it is lent for each step.
@@ -74,59 +86,103 @@ class Denoise:
     def losses(self, batch: Batch, context: StepContext) -> Losses:
         """Weighted mean squared velocity error of each sample over its counted tokens.
 
-        A sample whose every frame is given has nothing to learn: its loss is 0, and ``fully_given`` in the
-        logs is their share of the batch.
+        Of several modalities each has a mean of its own; they are added by the weights of the plan. A sample
+        with nothing to learn (a silent clip whose film is given) has loss 0, and ``nothing_to_learn`` in the
+        logs is their share of the batch; ``given_whole`` is the share that the draw of conditions had left
+        nothing of, and that is therefore made whole.
 
         Raises:
-            UserError: the cache holds no text embeddings and no text encoder is trained.
+            UserError: the cache holds no text embeddings and no text encoder is trained, or the conditions
+                speak of what the data has not.
         """
         text = self._text(batch, context)
-        layout = self._layout(batch, text, context)
-        clean_BFSC = patchify(batch.video.x_BFHWC, self._patch)
-        device, path = clean_BFSC.device, self._objective.path
-        noise_BFSC = torch.randn(clean_BFSC.shape, generator=context.device_generator("noise"), device=device)
-        sigma_BD = self._objective.draw((len(batch.ids), layout.num_draws), context.generator("sigma"))
-        levels_BK = layout.levels(sigma_BD.to(device))
-        streams = to_streams(layout, clean_BFSC, noise_BFSC, levels_BK, text, path.mix)
-        target_BNC = path.velocity(
-            clean_BFSC[:, layout.frame_T].flatten(1, 2),
-            noise_BFSC[:, layout.frame_T].flatten(1, 2),
-            streams["video"].sigma_BN,
-        )
+        sample = batch_sample(batch, self._patch, self._fps, self._modalities)
+        given = self._plan.conditions.draw(sample, context.generator("given"))
+        layout = self._plan.layout(sample, text, given)
+        path = self._objective.path
+        clean = {m: patchify(batch.latents[m].x_BFHWC, self._patch_of(m)) for m in layout.tracks}
+        noise = {m: _randn(x, context, _purpose("noise", m)) for m, x in clean.items()}
+        values = Values(clean, self._references(batch, layout, given, context))
+        sigma = {}
+        for m, track in layout.tracks.items():
+            shape = (len(batch.ids), track.num_draws)
+            draws_BD = self._objective.draw(shape, context.generator(_purpose("sigma", m)))
+            sigma[m] = track.sigmas(draws_BD.to(clean[m].device))
+        streams = to_streams(layout, values, noise, sigma, text, path.mix)
         if self._masks is not None:
             self._masks.generator = context.device_generator("dropout")
-        return self._score(layout, streams, target_BNC)
+        logs = {} if given.freed_B is None else {"given_whole": given.freed_B.float().mean()}
+        return self._score(layout, streams, clean, noise, logs)
 
-    def _score(self, layout: Layout, streams: Streams, target_BNC: Tensor) -> Losses:
-        video = streams["video"]
-        velocity_BNC = self._predictor.velocity(streams, layout.visibility)["video"]
-        error_BN = (velocity_BNC.float() - target_BNC.float()).square().mean(dim=-1)
-        sigma_BN = video.sigma_BN
-        counted_BN = video.loss_BN.expand(error_BN.shape)
-        total_B = counted_BN.sum(dim=1)
-        per_sample_B = total_B.clamp_min(1e-6)
-        loss_B = (error_BN * self._objective.weight(sigma_BN) * counted_BN).sum(dim=1) / per_sample_B
-        learns_B = total_B > 0
-        sigma_B = torch.where(learns_B, (sigma_BN * counted_BN).sum(dim=1) / per_sample_B, -1.0)
+    def _score(
+        self,
+        layout: Layout,
+        streams: Streams,
+        clean: ByModality,
+        noise: ByModality,
+        logs: dict[str, Tensor],
+    ) -> Losses:
+        velocity = self._predictor.velocity(streams, layout.visibility)
+        found = {
+            m: self._error(layout, streams[m], m, velocity[m], clean[m], noise[m]) for m in layout.tracks
+        }
+        loss_B = sum(track.loss * found[m].loss_B for m, track in layout.tracks.items())
+        learns_B = torch.stack([part.learns_B for part in found.values()]).any(dim=0)
+        main = found[layout.main]
+        logs["nothing_to_learn"] = (~learns_B).float().mean()
+        if len(found) > 1:
+            logs |= {f"loss_{m}": part.loss_B.mean().detach() for m, part in found.items()}
+        assert isinstance(loss_B, Tensor)
         return Losses(
             loss_B=loss_B,
-            sigma_B=sigma_B,
-            num_tokens=error_BN.numel(),
-            logs={"fully_given": (~learns_B).float().mean()},
+            sigma_B=torch.where(main.learns_B, main.sigma_B, -1.0),
+            num_tokens=sum(streams[m].x_BNC.shape[0] * streams[m].x_BNC.shape[1] for m in found),
+            logs=logs,
         )
 
-    def _layout(self, batch: Batch, text: Text, context: StepContext) -> Layout:
-        size, grid = len(batch.ids), batch.video.x_BFHWC.shape[1:4]
-        geometry = token_geometry(
-            (grid[0], grid[1], grid[2]),
-            self._patch,
-            batch.video.seconds_BF,
-            batch.video.scene_BF,
-            self._spec.spatial,
-            size,
+    def _error(
+        self,
+        layout: Layout,
+        stream: Stream,
+        modality: str,
+        velocity_BNC: Tensor,
+        clean_BFSC: Tensor,
+        noise_BFSC: Tensor,
+    ) -> _Error:
+        """One modality's loss. Only the clip's own tokens can count; what stands before them is context."""
+        tokens = layout.tracks[modality].geometry.tokens
+        velocity_BNC = velocity_BNC[:, velocity_BNC.shape[1] - tokens :]
+        sigma_BN = stream.sigma_BN[:, stream.level_BN.shape[1] - tokens :]
+        clean_BNC, noise_BNC = clean_BFSC.flatten(1, 2), noise_BFSC.flatten(1, 2)
+        target_BNC = self._objective.path.velocity(clean_BNC, noise_BNC, sigma_BN)
+        error_BN = (velocity_BNC.float() - target_BNC.float()).square().mean(dim=-1)
+        counted_BN = stream.loss_BN[:, stream.loss_BN.shape[1] - tokens :].expand(error_BN.shape)
+        total_B = counted_BN.sum(dim=1)
+        per_sample_B = total_B.clamp_min(1e-6)
+        return _Error(
+            (error_BN * self._objective.weight(sigma_BN) * counted_BN).sum(dim=1) / per_sample_B,
+            (sigma_BN * counted_BN).sum(dim=1) / per_sample_B,
+            total_B > 0,
         )
-        given_BT = self._plan.draw_given(geometry, context.generator("given"))
-        return self._plan.layout(geometry, text, given_BT)
+
+    def _references(
+        self, batch: Batch, layout: Layout, given: Given, context: StepContext
+    ) -> dict[str, tuple[Tensor, ...]]:
+        """Reference tokens as they are shown: most of them clean, some at a noise level of their own."""
+        found = {}
+        for m, track in layout.tracks.items():
+            shown = []
+            for i, how in enumerate(given.references.get(m, ())[: len(track.references)]):
+                x_BFSC = patchify(batch.references[m][i].x_BFHWC, self._patch_of(m))
+                noise_BFSC = x_BFSC
+                if how.noise_B is not None:
+                    noise_BFSC = _randn(x_BFSC, context, f"noise reference {m} {i}")
+                shown.append(as_shown(x_BFSC, noise_BFSC, how.noise_B, self._objective.path.mix))
+            found[m] = tuple(shown)
+        return found
+
+    def _patch_of(self, modality: str) -> tuple[int, int, int]:
+        return self._patch if modality == "video" else (1, 1, 1)
 
     def _text(self, batch: Batch, context: StepContext) -> Text:
         """The captions' embeddings; a dropped caption is the empty one in every scene of its sample."""
@@ -141,6 +197,23 @@ class Denoise:
                 "make it again with this recipe (motionloom cache)"
             )
         return _drop(batch.text, batch.empty_text, batch.captions, drop_B)
+
+
+class _Error(NamedTuple):
+    """A modality's loss, mean noise level and whether anything counts, (B,) each."""
+
+    loss_B: Tensor
+    sigma_B: Tensor
+    learns_B: Tensor
+
+
+def _purpose(what: str, modality: str) -> str:
+    """Video alone draws what it drew before there was sound."""
+    return what if modality == "video" else f"{what} {modality}"
+
+
+def _randn(like: Tensor, context: StepContext, purpose: str) -> Tensor:
+    return torch.randn(like.shape, generator=context.device_generator(purpose), device=like.device)
 
 
 def _drop(text: Text, empty: Text, captions: list[list[str]], drop_B: Tensor) -> Text:

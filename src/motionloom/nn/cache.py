@@ -35,7 +35,7 @@ copies whole rows."""
 Past = Pair | tuple[()]
 """What a block is given: the keys and values before its own, rotated, or nothing yet."""
 Fields = Mapping[str, Tensor]
-"""Facts of each token by name, (B or 1, N, ...). The first column of ``position`` and of ``cell`` is time."""
+"""Facts of each token by name, (B or 1, N, ...). The first column of ``position`` and of ``index`` is time."""
 Turn = Callable[[str, Tensor], Tensor]
 """(modality, keys (B, P, H, D)) -> the keys as attention wants them: rotated to where the past stands."""
 Positions = Literal["absolute", "relative"]
@@ -331,7 +331,7 @@ def _has_graph(tokens: Tokens) -> bool:
 
 def _timed(fields: Fields) -> dict[str, Tensor]:
     """The fields that the relative policy re-bases."""
-    return {name: fields[name] for name in ("position", "cell") if name in fields}
+    return {name: fields[name] for name in ("position", "index") if name in fields}
 
 
 def _start(field: Tensor) -> Tensor:

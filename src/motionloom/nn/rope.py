@@ -31,6 +31,8 @@ class Axis:
 
 TIME = Axis(fastest=8.0, slowest=1 / 32)
 """Seconds: latent frames are 1/16 to 1/4 s apart, 0.5 to 2 radians; the slowest period is 200 s."""
+SOUND = Axis(fastest=32.0, slowest=1 / 32)
+"""Seconds of sound, and of what is heard with it: latents are 1/16 to 1/25 s apart, 1.3 to 2 radians."""
 SPACE = Axis(fastest=1 / 8, slowest=1 / 1024)
 """Pixels: cells are 8 to 16 pixels apart, 1 to 2 radians; the slowest period is 6,400 pixels."""
 

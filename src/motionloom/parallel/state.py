@@ -33,9 +33,11 @@ def whole(named: Iterable[tuple[str, Tensor]], ranks: Ranks) -> dict[str, Tensor
 def named_state(modules: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Parameters and buffers as they stand (sharded or not), as ``module.path.of.tensor``.
 
-    A frozen parameter is no state of a run: it never changes, and is read again where it came from.
+    A frozen parameter is no state of a run: it never changes, and is read again where it came from. Modules
+    that say ``saved_whole`` (chosen parts of them are trained) have all of theirs.
     """
-    frozen = {id(p) for module in modules.values() for p in module.parameters() if not p.requires_grad}
+    cut = [module for module in modules.values() if not getattr(module, "saved_whole", False)]
+    frozen = {id(p) for module in cut for p in module.parameters() if not p.requires_grad}
     return {
         f"{top}.{name}": t.detach()
         for top, module in modules.items()

@@ -12,84 +12,93 @@ Shapes: see ``layout.py``; D chunks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from motionloom.plans.layout import CLEAN, Geometry, Layout, Text
+from motionloom.plans.conditions import Conditions
+from motionloom.plans.geometry import Geometry, Sample
+from motionloom.plans.given import Given
+from motionloom.plans.layout import Layout, Made, Stage, Text
+from motionloom.plans.text_to_video import rule, tracks
 from motionloom.plans.visibility import CausalChunks, TeacherForcing, Visibility, full
 
 
 @dataclass(frozen=True)
 class Chunks:
     """``frames``: latent frames of a chunk; ``first_alone``: chunk 0 is one frame (image to video);
-    ``window`` and ``sinks`` in chunks, see :class:`~motionloom.plans.visibility.CausalChunks`."""
+    ``window`` and ``sinks`` in chunks, see :class:`~motionloom.plans.visibility.CausalChunks`.
 
+    Sound belongs to the chunk of the video that sounds with it; sound alone is cut as video would be."""
+
+    conditions: Conditions = field(default_factory=Conditions)
     frames: int = 3
     first_alone: bool = False
     window: int | None = None
     sinks: int = 0
     forcing: Literal["diffusion", "teacher"] = "diffusion"
-    knows_given = True
+    audio_loss: float = 1.0
 
     def chunk_of(self, frames: int, device: torch.device | None = None) -> Tensor:
         """The chunk of each latent frame, (frames,). The last chunk may be shorter."""
         index = torch.arange(frames, device=device)
         return (index + self.frames - 1) // self.frames if self.first_alone else index // self.frames
 
-    def draw_given(self, geometry: Geometry, generator: torch.Generator) -> Tensor:
-        return torch.zeros(geometry.batch, geometry.grid[0], dtype=torch.bool, device=geometry.device)
-
-    def stages(self, geometry: Geometry) -> list[slice]:
+    def stages(self, sample: Sample) -> list[Stage]:
         """Chunk after chunk, each from the clean past: what a stream does."""
-        ends = [*range(int(self.first_alone) or self.frames, geometry.grid[0], self.frames), geometry.grid[0]]
-        return [slice(begin, end) for begin, end in pairwise([0, *ends])]
+        frames = sample.main.grid[0]
+        ends = [*range(int(self.first_alone) or self.frames, frames, self.frames), frames]
+        bounds = list(pairwise([0, *ends]))
+        stages: list[Stage] = [{self._main(sample): slice(*bound)} for bound in bounds]
+        if len(sample.tracks) > 1:
+            counts = torch.bincount(self._chunks(sample, sample.tracks["audio"]).cpu(), minlength=len(bounds))
+            edges = [0, *counts.cumsum(0).tolist()]
+            stages = [{**stage, "audio": slice(*e)} for stage, e in zip(stages, pairwise(edges), strict=True)]
+        return stages
 
-    def stage_layout(self, geometry: Geometry, given_BF: Tensor | None) -> Layout:
+    def stage_layout(self, sample: Sample, given: Given) -> Layout:
         """One chunk alone. Whatever the forcing was in training, generation is the same: a noisy chunk and
         its clean past. Nothing is hidden, since the cache holds no chunk that this one may not see."""
-        frame_F = torch.arange(geometry.grid[0], device=geometry.device)
-        draws: tuple[int, ...] = (0,) if given_BF is None else (CLEAN, 0)
-        if given_BF is None:
-            given_BF = torch.zeros_like(frame_F[None], dtype=torch.bool)
-        return Layout(
-            geometry=geometry,
-            visibility=full,
-            draws=draws,
-            frame_T=frame_F,
-            context_T=torch.zeros_like(frame_F).bool(),
-            given_BT=given_BF,
-            level_BT=torch.where(given_BF, 0, len(draws) - 1),
-            chunk_T=self.chunk_of(geometry.begin + geometry.grid[0], geometry.device)[geometry.begin :],
-            text_level_BL=None,
-        )
+        main = sample.main
+        chunk = self.chunk_of(main.begin + main.grid[0], main.device)[main.begin]
 
-    def layout(self, geometry: Geometry, text: Text, given_BF: Tensor) -> Layout:
-        frame_F = torch.arange(geometry.grid[0], device=geometry.device)
-        chunk_F = self.chunk_of(geometry.grid[0], geometry.device)
+        def made(geometry: Geometry) -> Made:
+            nothing_F = torch.zeros(geometry.grid[0], dtype=torch.long, device=geometry.device)
+            return Made(1, nothing_F[None], nothing_F + chunk)
+
+        return Layout(full, tracks(sample, given, self.audio_loss, made), None)
+
+    def layout(self, sample: Sample, text: Text, given: Given) -> Layout:
+        frames = sample.main.grid[0]
         # Counted in Python: reading the tensor back would make the device wait.
-        num_chunks = -(-(geometry.grid[0] - self.first_alone) // self.frames) + self.first_alone
-        level_BF = torch.where(given_BF, 0, chunk_F[None] + 1)
-        frame_T, chunk_T, given_BT, level_BT = frame_F, chunk_F, given_BF, level_BF
-        context_T = torch.zeros_like(frame_F).bool()
+        num_chunks = -(-(frames - self.first_alone) // self.frames) + self.first_alone
+        teacher = self.forcing == "teacher"
+
+        def made(geometry: Geometry) -> Made:
+            chunk_F = self._chunks(sample, geometry)
+            return Made(num_chunks, chunk_F[None], chunk_F, clean_copy=teacher)
+
         visibility: Visibility = CausalChunks(self.window, self.sinks)
-        if self.forcing == "teacher":
+        if teacher:
             visibility = TeacherForcing(self.window, self.sinks)
-            frame_T, chunk_T = frame_F.repeat(2), chunk_F.repeat(2)
-            context_T = torch.cat([~context_T, context_T])
-            given_BT = given_BF.repeat(1, 2)
-            level_BT = torch.cat([torch.zeros_like(level_BF), level_BF], dim=1)
-        return Layout(
-            geometry=geometry,
-            visibility=visibility,
-            draws=(CLEAN, *range(num_chunks)),
-            frame_T=frame_T,
-            context_T=context_T,
-            given_BT=given_BT,
-            level_BT=level_BT,
-            chunk_T=chunk_T,
-            text_level_BL=torch.zeros_like(text.scene_BL),
-        )
+        found = tracks(sample, given, self.audio_loss, made)
+        return Layout(rule(visibility, text, found), found, None)
+
+    def _chunks(self, sample: Sample, geometry: Geometry) -> Tensor:
+        """The chunk of each frame of any modality: for sound, that of the video frame in whose time it
+        stands."""
+        main = sample.main
+        chunk_F = self.chunk_of(main.grid[0], main.device)
+        if geometry is main or geometry.cells == main.cells:
+            return chunk_F
+        assert main.span_BF2 is not None
+        ends_F = main.span_BF2[0, :, 1].contiguous()
+        frame_T = torch.searchsorted(ends_F, geometry.seconds_BF[0].contiguous(), right=True)
+        return chunk_F[frame_T.clamp_max(main.grid[0] - 1)]
+
+    @staticmethod
+    def _main(sample: Sample) -> str:
+        return "video" if "video" in sample.tracks else "audio"

@@ -1,126 +1,148 @@
-"""From latents to streams and back: the one place where noise, given tokens and token order meet.
+"""Layouts: where every token of a sample stands, and how noisy it may be; and the protocol of plans.
 
-A plan answers two questions and nothing else: which frames are given (`draw_given`, in training), and how the
-tokens are laid out (`layout`). Trainer, sampler and streaming engine then call the same three functions here:
-`to_streams`, `read_video`, `keep_given`.
+A plan answers three questions and nothing else: what is given (its conditions, in training), what is made
+together (`stages`), and how the tokens are laid out (`layout`). Trainer, sampler and streaming engine then
+call the same functions of ``tokens.py`` on the layout.
 
 Shapes: B batch, F token frames of the clip, T token frames in the sequence (F, or more when a plan repeats
-frames as context), N = T x rows x columns tokens, C channels of a token, K noise levels, L text tokens.
+frames as context), S cells of a frame, N = T x S tokens, C channels of a token, K noise levels, D draws, L
+text tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from motionloom.plans.stream import Stream, Streams
+from motionloom.plans.geometry import Geometry, Sample
+from motionloom.plans.given import Given
 from motionloom.plans.visibility import Visibility
-
-CLEAN = -1
-"""In ``Layout.draws``: this level is always sigma = 0."""
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """What a batch of clips looks like before any noise, in token cells."""
-
-    grid: tuple[int, int, int]
-    """(F, rows, columns) of tokens."""
-    seconds_BF: Tensor
-    """Centre of each token frame in seconds, float32, (B or 1, F)."""
-    pixels_per_cell: tuple[float, float]
-    """Pixels (down, right) that a token covers."""
-    scene_BF: Tensor
-    """Shot of each token frame, int64, (B or 1, F)."""
-    batch: int
-    begin: int = 0
-    """Index of the first frame in its stream: cells count on from here."""
-    first_BF: Tensor | None = None
-    """True in the first frame of each scene; None: the scenes are whole, so it can be seen from them."""
-
-    def part(self, frames: slice) -> Geometry:
-        """Of some of the frames alone, where they stand."""
-        begin, end, _ = frames.indices(self.grid[0])
-        first_BF = self.first_BF
-        if first_BF is None:
-            same_BFF = self.scene_BF[:, :, None] == self.scene_BF[:, None]
-            first_BF = ~same_BFF.tril(-1).any(dim=2)
-        return replace(
-            self,
-            grid=(end - begin, *self.grid[1:]),
-            seconds_BF=self.seconds_BF[:, frames],
-            scene_BF=self.scene_BF[:, frames],
-            begin=self.begin + begin,
-            first_BF=first_BF[:, frames],
-        )
-
-    @property
-    def device(self) -> torch.device:
-        """Where the tensors of the batch are."""
-        return self.seconds_BF.device
 
 
 @dataclass(frozen=True)
 class Text:
-    """Encoded captions of a batch; one caption per scene, laid end to end."""
+    """Encoded captions of a batch, laid end to end: one per scene, and what else is said."""
 
     x_BLC: Tensor
     valid_BL: Tensor
     scene_BL: Tensor
+    """The scene that a token speaks of; ``visibility.GLOBAL``: the whole."""
+    context_BL: Tensor | None = None
+    """True for captions of references. None: there are none."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """One noise level that tokens may stand at: ``scale`` times a draw, or one that is fixed."""
+
+    draw: int | None = None
+    """Which independent draw of sigma it follows; None: none."""
+    scale: float = 1.0
+    """1: made; between 0 and 1: a hint, made from partial noise."""
+
+
+GIVEN = Level(None, 0.0)
+"""Not made: at a fixed level, which is 0 unless the layout says otherwise."""
+
+
+@dataclass(frozen=True)
+class Track:
+    """Where the tokens of one modality stand."""
+
+    geometry: Geometry
+    levels: tuple[Level, ...]
+    level_BN: Tensor
+    """int64 (B or 1, T x S): index into ``levels``, in the sequence's order."""
+    frame_T: Tensor
+    """Frame of the clip that each frame of the sequence shows."""
+    context_T: Tensor
+    """True for frames repeated as context."""
+    chunk_T: Tensor
+    fixed_BK: Tensor | None = None
+    """Noise levels of what is given, (B or 1, K), 0 elsewhere; None: all clean."""
+    references: tuple[Geometry, ...] = ()
+    """What stands in front, brought to this track's place; at the levels ``reference_levels``."""
+    reference_levels: tuple[int, ...] = ()
+    loss: float = 1.0
+    """Weight of this modality's loss."""
+
+    @property
+    def num_draws(self) -> int:
+        """How many independent noise levels a sample needs; at least one, so that shapes hold."""
+        return max((level.draw for level in self.levels if level.draw is not None), default=0) + 1
+
+    def sigmas(self, sigma_BD: Tensor) -> Tensor:
+        """Independent draws (B, D) -> the K levels (B, K)."""
+        still = torch.zeros_like(sigma_BD[:, 0])
+        columns = [
+            still if level.draw is None else sigma_BD[:, level.draw] * level.scale for level in self.levels
+        ]
+        sigma_BK = torch.stack(columns, dim=1)
+        return sigma_BK if self.fixed_BK is None else sigma_BK + self.fixed_BK
+
+    @property
+    def speed_BN(self) -> Tensor:
+        """How much of the solver's step each token of the clip takes, (B or 1, F x S): 1 made, 0 given."""
+        scale_K = torch.tensor([0.0 if lv.draw is None else lv.scale for lv in self.levels])
+        return scale_K.to(self.level_BN.device)[self.target(self.level_BN)]
+
+    def target(self, t_BN: Tensor) -> Tensor:
+        """The clip's part of a fact of the sequence's tokens: context always stands before it."""
+        return t_BN[:, t_BN.shape[1] - self.geometry.tokens :]
+
+    @property
+    def all_made(self) -> bool:
+        """Whether no token can be given: known without asking the device."""
+        return all(level.draw is not None and level.scale == 1.0 for level in self.levels)
 
 
 @dataclass(frozen=True)
 class Layout:
     """Where every token stands. Built by a plan; values and noise come later."""
 
-    geometry: Geometry
     visibility: Visibility
-    draws: tuple[int, ...]
-    """For each of the K levels: ``CLEAN``, or the index of the independent draw of sigma it takes."""
-    frame_T: Tensor
-    """Frame of the clip that each frame of the sequence shows."""
-    context_T: Tensor
-    """True for frames repeated as context."""
-    given_BT: Tensor
-    """True where the clean latents go in and nothing is learned."""
-    level_BT: Tensor
-    chunk_T: Tensor
+    tracks: Mapping[str, Track]
+    """By modality."""
     text_level_BL: Tensor | None
-    """Noise level that modulates each text token. None: text has a level of its own, which is clean."""
+    """Level that modulates each text token, of the main track. None: text has a level of its own, which is
+    clean."""
 
     @property
-    def num_draws(self) -> int:
-        """How many independent noise levels a sample needs."""
-        return max(self.draws) + 1
+    def main(self) -> str:
+        """The modality whose noise levels the text shares: video, or sound where there is no video."""
+        return "video" if "video" in self.tracks else "audio"
 
-    def levels(self, sigma_BD: Tensor) -> Tensor:
-        """Independent draws (B, D) -> the K levels (B, K), with 0 at the clean ones."""
-        clean = torch.zeros_like(sigma_BD[:, 0])
-        return torch.stack([clean if d == CLEAN else sigma_BD[:, d] for d in self.draws], dim=1)
+
+class Conditioned(Protocol):
+    """What draws what is given: :class:`~motionloom.plans.conditions.Conditions`."""
+
+    def draw(self, sample: Sample, generator: torch.Generator) -> Given:
+        """Training: what of each sample is given, by the conditions' own probabilities."""
+        ...
+
+
+Stage = Mapping[str, slice]
+"""Frames of each modality that are made together."""
 
 
 class Plan(Protocol):
     """What each token is."""
 
     @property
-    def knows_given(self) -> bool:
-        """Whether frames may be given. A plan that does not know them ignores ``given_BF``."""
+    def conditions(self) -> Conditioned:
+        """What may be given in training."""
         ...
 
-    def draw_given(self, geometry: Geometry, generator: torch.Generator) -> Tensor:
-        """Training: which frames are given, (B, F) bool, by this plan's own probabilities."""
+    def stages(self, sample: Sample) -> list[Stage]:
+        """Generation: what is made together, in order; what is made is given to the next stage."""
         ...
 
-    def stages(self, geometry: Geometry) -> list[slice]:
-        """Generation: which frames are made together, in order; what is made is given to the next stage."""
-        ...
-
-    def layout(self, geometry: Geometry, text: Text, given_BF: Tensor) -> Layout:
-        """Where every token stands when the frames ``given_BF`` are given."""
+    def layout(self, sample: Sample, text: Text, given: Given) -> Layout:
+        """Where every token stands when ``given`` is given."""
         ...
 
 
@@ -138,127 +160,81 @@ class StreamedPlan(Plan, Protocol):
         """How many of the first stages stay visible."""
         ...
 
-    def stage_layout(self, geometry: Geometry, given_BF: Tensor | None) -> Layout:
+    def stage_layout(self, sample: Sample, given: Given) -> Layout:
         """Where the tokens of one stage stand; its past, and no more than it may see, comes from a cache.
 
         Args:
-            geometry: the stage's part of the clip's.
-            given_BF: which of the stage's frames are given; None: none of them, so all share one noise level.
+            sample: the stage's part of the clip's.
+            given: which of the stage's tokens are given.
         """
         ...
 
 
-Mix = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(clean, noise, sigma) -> noisy, for instance ``flow.linear.mix``."""
+def nothing_moves(sample: Sample) -> list[Stage]:
+    """All of a sample as one stage."""
+    return [{m: slice(0, geometry.grid[0]) for m, geometry in sample.tracks.items()}]
 
 
-def to_streams(
-    layout: Layout, clean_BFSC: Tensor, noise_BFSC: Tensor, sigma_BK: Tensor, text: Text, mix: Mix
-) -> Streams:
-    """Training: tokens at the noise of their level. ``S`` = rows x columns cells of a frame.
+@dataclass(frozen=True)
+class Made:
+    """How the made tokens of one modality take their noise: the part of a track that a plan chooses."""
 
-    Given tokens enter bit-identical: they are copied, never computed.
-    """
-    clean_BTSC = clean_BFSC[:, layout.frame_T]
-    sigma_BT = sigma_BK.gather(1, layout.level_BT.expand(sigma_BK.shape[0], -1))
-    noisy_BTSC = mix(clean_BTSC, noise_BFSC[:, layout.frame_T], sigma_BT[..., None, None])
-    return _streams(layout, torch.where(_clean_BT11(layout), clean_BTSC, noisy_BTSC), sigma_BK, text)
-
-
-def to_streams_at(
-    layout: Layout, clean_BFSC: Tensor, x_BFSC: Tensor, sigma_BK: Tensor, text: Text
-) -> Streams:
-    """Sampling: tokens at the solver's present ``x``, given tokens exactly as given."""
-    x_BTSC = torch.where(_clean_BT11(layout), clean_BFSC[:, layout.frame_T], x_BFSC[:, layout.frame_T])
-    return _streams(layout, x_BTSC, sigma_BK, text)
+    draws: int
+    draw_BF: Tensor
+    """int64 (B or 1, F): the draw that each frame follows."""
+    chunk_F: Tensor
+    """Causal chunk of each frame."""
+    clean_copy: bool = False
+    """Whether all frames stand a second time in front, clean, to be looked at."""
 
 
-def read_video(layout: Layout, out_BNC: Tensor) -> Tensor:
-    """A backbone's answer for the sequence -> for the clip, (B, F, S, C); context copies are left out."""
-    frames = layout.frame_T.shape[0]
-    out_BTSC = out_BNC.unflatten(1, (frames, -1))
-    clip_frames = layout.geometry.grid[0]
-    # Context always stands before the frames it serves, so the clip is the tail.
-    return out_BTSC[:, frames - clip_frames :]
-
-
-def keep_given(layout: Layout, clean_BFSC: Tensor, x_BFSC: Tensor) -> Tensor:
-    """Put the given frames back after a solver step, bit-identical."""
-    clip_frames = layout.geometry.grid[0]
-    given_BF = layout.given_BT[:, layout.frame_T.shape[0] - clip_frames :]
-    return torch.where(given_BF[..., None, None], clean_BFSC, x_BFSC)
-
-
-def _clean_BT11(layout: Layout) -> Tensor:
-    return (layout.given_BT | layout.context_T)[..., None, None]
-
-
-def _streams(layout: Layout, x_BTSC: Tensor, sigma_BK: Tensor, text: Text) -> Streams:
-    geometry = layout.geometry
-    frames, cells = x_BTSC.shape[1], x_BTSC.shape[2]
-
-    def per_token(t_BT: Tensor) -> Tensor:
-        return t_BT.repeat_interleave(cells, dim=1)
-
-    silent = layout.given_BT | layout.context_T
-    video = Stream(
-        modality="video",
-        grid=(frames, *geometry.grid[1:]),
-        x_BNC=x_BTSC.flatten(1, 2),
-        sigma_BK=sigma_BK,
-        level_BN=per_token(layout.level_BT),
-        position_BN3=_positions(layout),
-        cell_BN3=_cells(layout),
-        scene_BN=per_token(geometry.scene_BF[:, layout.frame_T]),
-        chunk_BN=per_token(layout.chunk_T[None]),
-        context_BN=per_token(layout.context_T[None]),
-        loss_BN=per_token((~silent).float()),
-        first_BN=None if geometry.first_BF is None else per_token(geometry.first_BF[:, layout.frame_T]),
+def track(
+    geometry: Geometry, made: Made, given: Given, modality: str, references: tuple[Geometry, ...], loss: float
+) -> Track:
+    """The track of one modality: its draws, then what is given from weak to strong, then references."""
+    marks = given.marks.get(modality)
+    beside = given.references.get(modality, ())
+    levels = [Level(draw) for draw in range(made.draws)]
+    fixed: list[Tensor | None] = [None] * made.draws
+    draw_BN = level_BN = geometry.per_token(made.draw_BF)
+    for i, kind in enumerate(() if marks is None else marks.kinds):
+        assert marks is not None
+        hint = kind.strength < 1
+        # A hint follows the draw of its frame; what is given follows none.
+        level_BN = torch.where(marks.kind_BN == i + 1, len(levels) + (draw_BN if hint else 0), level_BN)
+        more = [Level(draw, 1.0 - kind.strength) for draw in range(made.draws)] if hint else [GIVEN]
+        levels += more
+        fixed += [None if hint or marks.noise_BG is None else marks.noise_BG[:, i]] * len(more)
+    frames = geometry.grid[0]
+    frame_T = torch.arange(frames, device=geometry.device)
+    context_T, chunk_T = torch.zeros_like(frame_T).bool(), made.chunk_F
+    if made.clean_copy:
+        level_BN = torch.cat([torch.full_like(level_BN, len(levels)), level_BN], dim=1)
+        levels, fixed = [*levels, GIVEN], [*fixed, None]
+        frame_T, chunk_T = frame_T.repeat(2), chunk_T.repeat(2)
+        context_T = torch.cat([~context_T, context_T])
+    reference_levels = tuple(range(len(levels), len(levels) + len(beside)))
+    for one in beside:
+        levels.append(GIVEN)
+        fixed.append(one.noise_B)
+    return Track(
+        geometry=geometry,
+        levels=tuple(levels),
+        level_BN=level_BN,
+        frame_T=frame_T,
+        context_T=context_T,
+        chunk_T=chunk_T,
+        fixed_BK=_fixed(fixed, geometry.device),
+        references=references,
+        reference_levels=reference_levels,
+        loss=loss,
     )
-    length = text.x_BLC.shape[1]
-    nothing_1L = torch.zeros(1, length, dtype=torch.long, device=x_BTSC.device)
-    own_level = layout.text_level_BL is None
-    words = Stream(
-        modality="text",
-        grid=(1, 1, length),
-        x_BNC=text.x_BLC,
-        sigma_BK=torch.zeros_like(sigma_BK[:, :1]) if own_level else sigma_BK,
-        level_BN=nothing_1L if layout.text_level_BL is None else layout.text_level_BL,
-        position_BN3=torch.zeros(1, length, 3, device=x_BTSC.device),
-        cell_BN3=torch.zeros(1, length, 3, dtype=torch.long, device=x_BTSC.device),
-        scene_BN=text.scene_BL,
-        chunk_BN=nothing_1L,
-        context_BN=nothing_1L.bool(),
-        loss_BN=nothing_1L.float(),
-        valid_BN=text.valid_BL,
-    )
-    return {"text": words, "video": video}
 
 
-def _positions(layout: Layout) -> Tensor:
-    """(B or 1, N, 3): seconds, pixels down, pixels right of each token's centre."""
-    geometry = layout.geometry
-    _, rows, columns = geometry.grid
-    seconds_BT = geometry.seconds_BF[:, layout.frame_T]
-    batch, frames = seconds_BT.shape
-    down = (torch.arange(rows, device=geometry.device) + 0.5) * geometry.pixels_per_cell[0]
-    right = (torch.arange(columns, device=geometry.device) + 0.5) * geometry.pixels_per_cell[1]
-    shape = (batch, frames, rows, columns)
-    position = torch.stack(
-        [
-            seconds_BT[:, :, None, None].expand(shape),
-            down[None, None, :, None].expand(shape),
-            right[None, None, None, :].expand(shape),
-        ],
-        dim=-1,
-    )
-    return position.flatten(1, 3).float()
-
-
-def _cells(layout: Layout) -> Tensor:
-    """(1, N, 3): (frame, row, column) of the clip that each token shows."""
-    _, rows, columns = layout.geometry.grid
-    device = layout.frame_T.device
-    frame_T = layout.frame_T + layout.geometry.begin
-    places = (frame_T, torch.arange(rows, device=device), torch.arange(columns, device=device))
-    return torch.cartesian_prod(*places).view(1, -1, 3)
+def _fixed(columns: list[Tensor | None], device: torch.device) -> Tensor | None:
+    """(B or 1, K); None where all are clean."""
+    batch = max((len(t) for t in columns if t is not None), default=0)
+    if batch == 0:
+        return None
+    clean_B = torch.zeros(batch, device=device)
+    return torch.stack([clean_B if t is None else t.expand(batch) for t in columns], dim=1)

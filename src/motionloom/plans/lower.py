@@ -6,6 +6,8 @@ Shapes: B batch, N query tokens, M key tokens, Q and K classes of queries and ke
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +25,17 @@ SMALL_PAIRS = 2**18
 MOST_CLASSES = 2048
 MOST_KEPT, MOST_MASKS = 64, 4
 _kept: OrderedDict[object, Pattern | Tensor | None] = OrderedDict()
+T = TypeVar("T")
+
+
+def per_block(visibility: Visibility, count: int, make: Callable[[Visibility], T]) -> list[T]:
+    """``make(rule)`` for each of ``count`` blocks by its own rule; called once for each distinct rule."""
+    made: dict[Visibility, T] = {}
+    rules = [visibility.in_layer(index, count) for index in range(count)]
+    for rule in rules:
+        if rule not in made:
+            made[rule] = make(rule)
+    return [made[rule] for rule in rules]
 
 
 def lower(

@@ -67,6 +67,7 @@ def _end_to_end(parts: list[Stream]) -> Stream:
         valid_BN=_optional([part.valid_BN for part in parts], parts),
         extra_BNC=None if parts[0].extra_BNC is None else _cat([_given(part.extra_BNC) for part in parts]),
         first_BN=_cat([part.attributes.first_BN for part in parts]),
+        jump_BN=_jumps(parts),
         sample_BN=_cat([torch.full_like(part.scene_BN[:1], i) for i, part in enumerate(parts)]),
     )
 
@@ -79,6 +80,13 @@ def _cat(tensors: list[Tensor]) -> Tensor:
 def _given(t: Tensor | None) -> Tensor:
     assert t is not None, "either all samples of a row have extra channels or none"
     return t
+
+
+def _jumps(parts: list[Stream]) -> Tensor | None:
+    if all(part.jump_BN is None for part in parts):
+        return None
+    still = [torch.zeros_like(part.scene_BN, dtype=torch.float32) for part in parts]
+    return _cat([t if part.jump_BN is None else part.jump_BN for t, part in zip(still, parts, strict=True)])
 
 
 def _optional(valid: list[Tensor | None], parts: list[Stream]) -> Tensor | None:

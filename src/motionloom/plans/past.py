@@ -20,7 +20,7 @@ def facts(stream: Stream) -> dict[str, Tensor]:
     """A stream's fields as a cache holds them; always absolute."""
     attributes = stream.attributes
     fields = {short: getattr(attributes, name) for name, short in _NAMES.items()}
-    fields["position"] = stream.position_BN3
+    fields |= {"position": stream.position_BN3, "index": stream.index_BN3}
     if stream.valid_BN is not None:
         fields["valid"] = stream.valid_BN
     return fields
@@ -56,7 +56,8 @@ class Place:
     """Where tokens stand for rotary tables, re-based as the cache's policy says."""
 
     position_BN3: Tensor
-    cell_BN3: Tensor
+    index_BN3: Tensor
+    """As ``Stream.index_BN3``."""
 
 
 def places(stream: Stream, cache: KVCache, clock: Stream | None = None) -> tuple[Place | None, Place]:
@@ -68,12 +69,12 @@ def places(stream: Stream, cache: KVCache, clock: Stream | None = None) -> tuple
     """
     clock = clock or stream
     seconds = cache.shift(clock.modality, "position", clock.position_BN3)
-    frames = cache.shift(stream.modality, "cell", stream.cell_BN3)
-    present = Place(_moved(stream.position_BN3, seconds), _moved(stream.cell_BN3, frames))
+    frames = cache.shift(stream.modality, "index", stream.index_BN3)
+    present = Place(_moved(stream.position_BN3, seconds), _moved(stream.index_BN3, frames))
     if stream.modality not in cache:
         return None, present
     held, still = cache.fields(stream.modality), cache.sink_tokens(stream.modality)
-    return Place(_moved(held["position"], seconds, still), _moved(held["cell"], frames, still)), present
+    return Place(_moved(held["position"], seconds, still), _moved(held["index"], frames, still)), present
 
 
 def _moved(field_BN3: Tensor, shift_B1: Tensor | None, still: int = 0) -> Tensor:

@@ -96,6 +96,15 @@ class Stream:
         return self.sigma_BK.gather(1, level_BN)
 
     @property
+    def index_BN3(self) -> Tensor:
+        """Where backbones that were trained on indices have a token: its cell, the frame later by the jump.
+        (B or 1, N, 3); int64 where nothing jumps, else float32."""
+        if self.jump_BN is None:
+            return self.cell_BN3
+        frame_BN = self.cell_BN3[..., 0] + self.jump_BN
+        return torch.cat([frame_BN[..., None], self.cell_BN3[..., 1:].expand(len(frame_BN), -1, -1)], dim=-1)
+
+    @property
     def attributes(self) -> Attributes:
         """What a visibility may ask, (B or 1, N) each."""
         nothing_1N = torch.zeros_like(self.scene_BN[:1])

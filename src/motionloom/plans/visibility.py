@@ -3,13 +3,16 @@
 Every visibility has one dense reference, :func:`dense_mask`. Faster ways to compute the same attention are
 free to exist; they are right when they equal it.
 
+A rule may differ between the blocks of a backbone (:class:`InLayers`), so blocks ask for theirs by
+:meth:`Visibility.in_layer`.
+
 Shapes: B batch, Q query tokens, K key tokens.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +20,9 @@ from torch import Tensor
 from motionloom.plans.stream import MODALITIES, Attributes
 
 TEXT, VIDEO = MODALITIES.index("text"), MODALITIES.index("video")
+GLOBAL = -1
+"""In ``scene_BN`` of text: it speaks for the whole clip. Rules about scenes let all scenes see it, and it
+sees all of them: it counts as part of every scene."""
 _FLAT = ("modality_BN", "scene_BN", "chunk_BN", "context_BN", "first_BN", "sample_BN")
 
 
@@ -52,11 +58,25 @@ class Visibility(ABC):
         """
         return True
 
+    @property
+    def by_chunk(self) -> bool:
+        """True if causal chunks may make a difference to it: then what a token hears of the noise of others
+        goes by chunks, too."""
+        return not self.unrestricted
+
     def __and__(self, other: Visibility) -> Visibility:
         return Both(self, other)
 
     def __or__(self, other: Visibility) -> Visibility:
         return Either(self, other)
+
+
+class Timeless(Visibility):
+    """A rule to which causal chunks make no difference."""
+
+    @property
+    def by_chunk(self) -> bool:
+        return False
 
 
 @dataclass(frozen=True)
@@ -72,6 +92,9 @@ class Both(Visibility):
     def labels(self, a: Attributes) -> tuple[Tensor, ...]:
         return (*self.a.labels(a), *self.b.labels(a))
 
+    def in_layer(self, index: int, count: int) -> Visibility:
+        return replace(self, a=self.a.in_layer(index, count), b=self.b.in_layer(index, count))
+
     @property
     def unrestricted(self) -> bool:
         return self.a.unrestricted and self.b.unrestricted
@@ -79,6 +102,10 @@ class Both(Visibility):
     @property
     def whole_frames(self) -> bool:
         return self.a.whole_frames and self.b.whole_frames
+
+    @property
+    def by_chunk(self) -> bool:
+        return self.a.by_chunk or self.b.by_chunk
 
 
 @dataclass(frozen=True)
@@ -94,6 +121,9 @@ class Either(Visibility):
     def labels(self, a: Attributes) -> tuple[Tensor, ...]:
         return (*self.a.labels(a), *self.b.labels(a))
 
+    def in_layer(self, index: int, count: int) -> Visibility:
+        return replace(self, a=self.a.in_layer(index, count), b=self.b.in_layer(index, count))
+
     @property
     def unrestricted(self) -> bool:
         return self.a.unrestricted or self.b.unrestricted
@@ -101,6 +131,10 @@ class Either(Visibility):
     @property
     def whole_frames(self) -> bool:
         return self.a.whole_frames or self.b.whole_frames
+
+    @property
+    def by_chunk(self) -> bool:
+        return self.a.by_chunk or self.b.by_chunk
 
 
 @dataclass(frozen=True)
@@ -119,18 +153,18 @@ class Full(Visibility):
 
 
 @dataclass(frozen=True)
-class SameScene(Visibility):
-    """Tokens of one shot see each other and nothing else."""
+class SameScene(Timeless):
+    """Tokens of one shot see each other and nothing else; text of :data:`GLOBAL` is of every shot."""
 
     def allows(self, q: Attributes, k: Attributes) -> Tensor:
-        return q.scene_BN == k.scene_BN
+        return _same_scene(q, k)
 
     def labels(self, a: Attributes) -> tuple[Tensor, ...]:
         return (a.scene_BN,)
 
 
 @dataclass(frozen=True)
-class SameSample(Visibility):
+class SameSample(Timeless):
     """Tokens of one sample of a packed row see each other and nothing else: see ``packing.py``."""
 
     def allows(self, q: Attributes, k: Attributes) -> Tensor:
@@ -141,7 +175,7 @@ class SameSample(Visibility):
 
 
 @dataclass(frozen=True)
-class BothVideo(Visibility):
+class BothVideo(Timeless):
     """Neither of the two is text."""
 
     def allows(self, q: Attributes, k: Attributes) -> Tensor:
@@ -152,16 +186,17 @@ class BothVideo(Visibility):
 
 
 @dataclass(frozen=True)
-class SceneSummaries(Visibility):
+class SceneSummaries(Timeless):
     """Every token sees its own scene, its text included; video also sees the first latent frame of each other
-    scene, a summary of it (HoloCine, arXiv 2510.20822). Text of other scenes is hidden, as in mask 1.
+    scene, a summary of it (HoloCine, arXiv 2510.20822). Text of other scenes is hidden, as in mask 1, and
+    text of :data:`GLOBAL` is of every scene.
 
     The work grows with the sum of the squares of the scenes' lengths and not with the square of their sum.
     """
 
     def allows(self, q: Attributes, k: Attributes) -> Tensor:
         summary = (q.modality_BN != TEXT) & (k.modality_BN != TEXT) & k.first_BN
-        return (q.scene_BN == k.scene_BN) | summary
+        return _same_scene(q, k) | summary
 
     def labels(self, a: Attributes) -> tuple[Tensor, ...]:
         return a.scene_BN, a.modality_BN == TEXT, a.first_BN
@@ -217,7 +252,7 @@ class TeacherForcing(Visibility):
 
 
 @dataclass(frozen=True)
-class SpatialWindow(Visibility):
+class SpatialWindow(Timeless):
     """Tokens in the same ``size`` x ``size`` window of the frame, in any frame; text is unrestricted."""
 
     size: int
@@ -240,6 +275,112 @@ class SpatialWindow(Visibility):
         return False
 
 
+@dataclass(frozen=True)
+class Opening(Timeless):
+    """Whatever is not text sees the first latent frame of the clip, not that of references."""
+
+    def allows(self, q: Attributes, k: Attributes) -> Tensor:
+        return (q.modality_BN != TEXT) & _opens(k)
+
+    def labels(self, a: Attributes) -> tuple[Tensor, ...]:
+        return a.modality_BN == TEXT, _opens(a)
+
+    @property
+    def whole_frames(self) -> bool:
+        return False
+
+
+@dataclass(frozen=True)
+class ReferenceCaptions(Timeless):
+    """The caption of a reference and that reference see each other and themselves; nothing else sees such a
+    caption, and it sees nothing else. It says nothing of all the rest: stands behind ``&``.
+
+    References and their captions are the tokens with ``context_BN``; one scene index binds them.
+    """
+
+    def allows(self, q: Attributes, k: Attributes) -> Tensor:
+        bound = q.context_BN & k.context_BN & (q.scene_BN == k.scene_BN)
+        return bound | ~(self._captions(q) | self._captions(k))
+
+    def labels(self, a: Attributes) -> tuple[Tensor, ...]:
+        return self._captions(a), *_context_scene(a, a.context_BN)
+
+    @staticmethod
+    def _captions(a: Attributes) -> Tensor:
+        return a.context_BN & (a.modality_BN == TEXT)
+
+
+@dataclass(frozen=True)
+class SeparateReferences(Timeless):
+    """References, told apart by their scene index, do not see each other; the clip sees them and they see it.
+    It says nothing of all the rest: stands behind ``&``.
+
+    References are the tokens with ``context_BN`` that are no text; sound and picture of one reference have
+    one index. The copies of teacher forcing are marked alike, so the two do not go together.
+    """
+
+    def allows(self, q: Attributes, k: Attributes) -> Tensor:
+        return ~(self._references(q) & self._references(k)) | (q.scene_BN == k.scene_BN)
+
+    def labels(self, a: Attributes) -> tuple[Tensor, ...]:
+        return _context_scene(a, self._references(a))
+
+    @staticmethod
+    def _references(a: Attributes) -> Tensor:
+        return a.context_BN & (a.modality_BN != TEXT)
+
+
+@dataclass(frozen=True)
+class InLayers(Visibility):
+    """``inside`` in the blocks from ``first`` to ``last``, both included, and ``outside`` in the others.
+
+    ``first`` and ``last`` are indices of blocks if whole numbers (``int``), else fractions of the depth: a
+    network of 30 and one of 6 blocks then differ in the same part. Asked for no block (``allows``), it says
+    what some block may see.
+    """
+
+    inside: Visibility
+    outside: Visibility
+    first: float
+    last: float
+
+    def in_layer(self, index: int, count: int) -> Visibility:
+        first, last = (index if isinstance(end, int) else index / count for end in (self.first, self.last))
+        here = self.inside if first >= self.first and last <= self.last else self.outside
+        return here.in_layer(index, count)
+
+    def allows(self, q: Attributes, k: Attributes) -> Tensor:
+        return self.inside.allows(q, k) | self.outside.allows(q, k)
+
+    def labels(self, a: Attributes) -> tuple[Tensor, ...]:
+        return (*self.inside.labels(a), *self.outside.labels(a))
+
+    @property
+    def unrestricted(self) -> bool:
+        return self.inside.unrestricted or self.outside.unrestricted
+
+    @property
+    def whole_frames(self) -> bool:
+        return self.inside.whole_frames or self.outside.whole_frames
+
+    @property
+    def by_chunk(self) -> bool:
+        return self.inside.by_chunk or self.outside.by_chunk
+
+
+def _same_scene(q: Attributes, k: Attributes) -> Tensor:
+    return (q.scene_BN == k.scene_BN) | (q.scene_BN == GLOBAL) | (k.scene_BN == GLOBAL)
+
+
+def _opens(a: Attributes) -> Tensor:
+    return (a.modality_BN != TEXT) & ~a.context_BN & (a.cell_BN3[..., 0] == 0)
+
+
+def _context_scene(a: Attributes, told_BN: Tensor) -> tuple[Tensor, Tensor]:
+    """Labels: ``told_BN``, and the scene of these tokens alone."""
+    return told_BN, torch.where(told_BN, a.scene_BN, 0)
+
+
 def _text_rule(q: Attributes, k: Attributes, in_time: Tensor) -> Tensor:
     """Every token sees text; text sees only text; the rest follows ``in_time``."""
     return (k.modality_BN == TEXT) | ((q.modality_BN != TEXT) & in_time)
@@ -248,10 +389,15 @@ def _text_rule(q: Attributes, k: Attributes, in_time: Tensor) -> Tensor:
 full = Full()
 same_scene = SameScene()
 same_scene_or_both_video = SameScene() | BothVideo()
-"""Mask 1 of Mask2DiT (arXiv 2503.19881): text_i with text_i and video_i, all video with all video."""
-
+"""Mask 1 of Mask2DiT (arXiv 2503.19881): text_i with text_i and video_i, all video with all video. Text of
+:data:`GLOBAL` with everything."""
 
 scene_summaries = SceneSummaries()
+cinetrans = InLayers(SameScene() | Opening(), same_scene_or_both_video, first=7 / 30, last=28 / 30)
+"""CineTrans (arXiv 2508.11484): in blocks 7 to 28 of 30 a scene sees itself and the first frame of the clip,
+in the others all video sees all video."""
+reference_captions = ReferenceCaptions()
+separate_references = SeparateReferences()
 
 
 def causal_chunks(window: int | None = None, sinks: int = 0) -> Visibility:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from motionloom.plans.layout import Text
+from motionloom.plans.visibility import GLOBAL
 
 
 class TextEncoder(Protocol):
@@ -43,24 +44,34 @@ class TextEncoder(Protocol):
         ...
 
 
-def encode_scenes(encoder: TextEncoder, captions: Sequence[Sequence[str]]) -> Text:
+def encode_scenes(
+    encoder: TextEncoder, captions: Sequence[Sequence[str]], global_captions: Sequence[str] | None = None
+) -> Text:
     """Every scene's caption encoded alone and laid end to end; missing scenes are padding.
 
     Args:
         captions: per sample, per scene.
+        global_captions: what is said of each sample as a whole; it stands in front.
     """
-    scenes = max(len(sample) for sample in captions)
+    scenes, front = max(len(sample) for sample in captions), int(global_captions is not None)
     padded = [[*sample, *[""] * (scenes - len(sample))] for sample in captions]
+    if global_captions is not None:
+        padded = [[whole, *sample] for whole, sample in zip(global_captions, padded, strict=True)]
     x_NLC, valid_NL = encoder.encode([caption for sample in padded for caption in sample])
-    exists = torch.tensor([[i < len(sample) for i in range(scenes)] for sample in captions])
+    exists = torch.tensor([[i < len(sample) + front for i in range(scenes + front)] for sample in captions])
     return lay_scenes(
-        x_NLC.unflatten(0, (len(captions), scenes)),
-        valid_NL.unflatten(0, (len(captions), scenes)) & exists.to(valid_NL.device)[..., None],
+        x_NLC.unflatten(0, (len(captions), scenes + front)),
+        valid_NL.unflatten(0, (len(captions), scenes + front)) & exists.to(valid_NL.device)[..., None],
+        first=GLOBAL if front else 0,
     )
 
 
-def lay_scenes(x_BSLC: Tensor, valid_BSL: Tensor) -> Text:
-    """(B, scenes, L, C) -> one row of tokens that know their scene."""
+def lay_scenes(x_BSLC: Tensor, valid_BSL: Tensor, first: int = 0) -> Text:
+    """(B, captions, L, C) -> one row of tokens that know their scene.
+
+    Args:
+        first: scene of the first caption; ``GLOBAL`` where that speaks of the whole.
+    """
     scenes, length = valid_BSL.shape[1:]
-    scene_SL = torch.arange(scenes, device=x_BSLC.device)[:, None].expand(scenes, length)
+    scene_SL = first + torch.arange(scenes, device=x_BSLC.device)[:, None].expand(scenes, length)
     return Text(x_BSLC.flatten(1, 2), valid_BSL.flatten(1, 2), scene_SL.reshape(1, -1))

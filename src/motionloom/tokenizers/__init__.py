@@ -1,4 +1,4 @@
-"""Tokenizers: pixels to latents and back."""
+"""Tokenizers: pixels and sound to latents and back."""
 
 from __future__ import annotations
 
@@ -9,20 +9,24 @@ from typing import Any
 
 from torch import Tensor
 
-from motionloom.config.recipe import TokenizerConfig
+from motionloom.config.recipe import AudioConfig, Recipe, TokenizerConfig
 from motionloom.errors import UserError
 from motionloom.tokenizers import diffusers_folder
+from motionloom.tokenizers.audio import AudioTokenizer, AudioTokenizerSpec
 from motionloom.tokenizers.base import Tokenizer, TokenizerSpec
 from motionloom.tokenizers.cogvideox_vae import COGVIDEOX_VAE
+from motionloom.tokenizers.ltx2_audio import LTX2Audio
 from motionloom.tokenizers.ltx2_vae import LTX2_VAE
 from motionloom.tokenizers.patch import PatchTokenizer
 from motionloom.tokenizers.scenes import (
     decode_scenes,
     encode_scenes,
+    latent_scenes,
     scene_latents,
     scene_seconds,
     scene_spans,
 )
+from motionloom.tokenizers.spectral import SpectralAudio
 from motionloom.tokenizers.vae import VaeKind, VaeSettings, VaeTokenizer
 from motionloom.tokenizers.wan_vae import WAN_VAE
 
@@ -31,6 +35,22 @@ TOKENIZERS = {"patch": PatchTokenizer}
 
 VAES: dict[str, VaeKind] = {kind.name: kind for kind in (WAN_VAE, COGVIDEOX_VAE, LTX2_VAE)}
 """Tokenizers that come with weights, by recipe name."""
+
+AUDIO_TOKENIZERS: dict[str, type[SpectralAudio] | type[LTX2Audio]] = {
+    "spectral": SpectralAudio,
+    "ltx2_audio": LTX2Audio,
+}
+"""Tokenizers of sound, by recipe name."""
+
+_AUDIO_NOTE = "audio_tokenizer.json"
+
+
+def shots_alone(recipe: Recipe) -> bool:
+    """Whether every shot of a clip is coded as a clip of its own.
+
+    A VAE mixes what it has seen into what follows, and a plan of scenes wants no latent frame across a cut.
+    """
+    return recipe.tokenizer.type in VAES or recipe.plan.type == "scenes"
 
 
 def fit_tokenizer(config: TokenizerConfig, clips: Sequence[Tensor]) -> Tokenizer:
@@ -92,6 +112,63 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return TOKENIZERS[kind].load(folder, settings)
 
 
+def fit_audio_tokenizer(config: AudioConfig, sounds: Sequence[Tensor], sample_rate: int) -> AudioTokenizer:
+    """A new tokenizer from sounds (S, N) float32 in [-1, 1] of one rate.
+
+    Raises:
+        UserError: the recipe's tokenizer is one that comes with weights, or the sounds are too few or short.
+    """
+    if config.type != "spectral":
+        raise UserError(
+            f"audio.type {config.type} comes with weights and is not fitted: set audio.name_or_path to a "
+            f"folder with audio_vae/ and vocoder/"
+        )
+    return SpectralAudio.fit(config, sounds, sample_rate)
+
+
+def open_audio_tokenizer(config: AudioConfig) -> AudioTokenizer:
+    """The tokenizer that a recipe names in `audio.name_or_path`.
+
+    Raises:
+        UserError: it is missing or damaged, of another type, or of another shape than the recipe says.
+    """
+    folder = Path(config.name_or_path)
+    kind = _saved_audio_kind(folder)
+    if kind != config.type:
+        raise UserError(f"{folder}: is a {kind} tokenizer and audio.type is {config.type}: set it to {kind}")
+    tokenizer = load_audio_tokenizer(folder)
+    for key in ("sample_rate", "channels", "latents_per_second"):
+        has, wants = getattr(tokenizer.spec, key), getattr(config, key)
+        if has != wants:
+            raise UserError(
+                f"audio.{key} is {has:g} in the tokenizer and {wants:g} in the recipe: set the recipe's to "
+                f"the tokenizer's, or name another audio.name_or_path than {folder}"
+            )
+    return tokenizer
+
+
+def load_audio_tokenizer(folder: str | Path) -> AudioTokenizer:
+    """Read an audio tokenizer's folder, or an LTX-2 pipeline's that has ``audio_vae/`` and ``vocoder/``.
+
+    Raises:
+        UserError: the folder is missing or is not an audio tokenizer.
+    """
+    folder = Path(folder)
+    kind = _saved_audio_kind(folder)
+    if kind not in AUDIO_TOKENIZERS:
+        raise UserError(
+            f"{folder / _AUDIO_NOTE}: type {kind!r} is unknown: this version has "
+            f"{', '.join(AUDIO_TOKENIZERS)}"
+        )
+    return AUDIO_TOKENIZERS[kind].open(folder)
+
+
+def _saved_audio_kind(folder: Path) -> str:
+    """The type that a folder's note says; LTX-2's folders have none of their own."""
+    note = folder / _AUDIO_NOTE
+    return str(_noted(note)["type"]) if note.is_file() else "ltx2_audio"
+
+
 def _saved_kind(folder: Path) -> str:
     """The type that a folder says it is; empty where it does not say."""
     note = folder / "tokenizer.json"
@@ -128,18 +205,27 @@ def _require_shape(spec: TokenizerSpec, config: TokenizerConfig) -> None:
 
 
 __all__ = [
+    "AUDIO_TOKENIZERS",
     "TOKENIZERS",
     "VAES",
+    "AudioTokenizer",
+    "AudioTokenizerSpec",
+    "SpectralAudio",
     "Tokenizer",
     "TokenizerSpec",
     "VaeSettings",
     "VaeTokenizer",
     "decode_scenes",
     "encode_scenes",
+    "fit_audio_tokenizer",
     "fit_tokenizer",
+    "load_audio_tokenizer",
     "load_tokenizer",
+    "open_audio_tokenizer",
     "open_tokenizer",
+    "latent_scenes",
     "scene_latents",
     "scene_seconds",
     "scene_spans",
+    "shots_alone",
 ]

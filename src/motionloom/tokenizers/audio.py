@@ -12,10 +12,19 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from motionloom.config.recipe import AudioConfig
+
+_LTX2_FRAMES = 4
+"""Spectrogram frames in a latent of LTX-2's audio VAE (arXiv 2601.03233)."""
+
 
 @dataclass(frozen=True)
 class AudioTokenizerSpec:
-    """The shape rule of an audio tokenizer, and the only place where its latents become seconds."""
+    """The shape rule of an audio tokenizer, and the only place where its latents become seconds.
+
+    Latents stand side by side, each for ``hop x temporal`` samples. With ``first_alone`` the first holds one
+    spectrogram frame only, and the others follow on it (LTX-2, whose encoder looks back only).
+    """
 
     channels: int
     """Numbers in one latent."""
@@ -24,7 +33,19 @@ class AudioTokenizerSpec:
     hop: int
     """Samples from one spectrogram frame to the next."""
     temporal: int
-    """Spectrogram frames in a latent; the first latent holds one."""
+    """Spectrogram frames in a latent."""
+    first_alone: bool = True
+    """Whether the first latent holds one frame instead of ``temporal``."""
+
+    @staticmethod
+    def of(config: AudioConfig) -> AudioTokenizerSpec:
+        """The spec of the tokenizer that a recipe describes, before there is one."""
+        samples = config.sample_rate / config.latents_per_second
+        if config.type == "ltx2_audio":
+            return AudioTokenizerSpec(
+                config.channels, config.sample_rate, round(samples / _LTX2_FRAMES), _LTX2_FRAMES
+            )
+        return AudioTokenizerSpec(config.channels, config.sample_rate, round(samples), 1, first_alone=False)
 
     @property
     def latents_per_second(self) -> float:
@@ -37,7 +58,11 @@ class AudioTokenizerSpec:
 
     def frames(self, latents: int) -> int:
         """Spectrogram frames that so many latents hold."""
-        return self.temporal * (latents - 1) + 1
+        return self.temporal * (latents - 1) + (1 if self.first_alone else self.temporal)
+
+    def spans(self, latents: int) -> Tensor:
+        """Beginning and end of each latent in seconds from the sound's start, (T, 2) float32."""
+        return self._spans(latents).float()
 
     def seconds(self, latents: int) -> Tensor:
         """Centre of each latent in seconds from the sound's start, (T,) float32.
@@ -47,9 +72,13 @@ class AudioTokenizerSpec:
         minute of sound a tiny random model's audio differs by 3e-5 from diffusers', and by 3e-7 from
         diffusers' given these centres.
         """
-        end = 1 + self.temporal * torch.arange(latents, dtype=torch.float64)
+        return self._spans(latents).mean(dim=1).float()
+
+    def _spans(self, latents: int) -> Tensor:
+        """:meth:`spans` in float64."""
+        end = self.frames(1) + self.temporal * torch.arange(latents, dtype=torch.float64)
         begin = (end - self.temporal).clamp_min(0)
-        return ((begin + end) / 2 * self.hop / self.sample_rate).float()
+        return torch.stack([begin, end], dim=1) * self.hop / self.sample_rate
 
 
 class AudioTokenizer(Protocol):
@@ -58,7 +87,7 @@ class AudioTokenizer(Protocol):
     spec: AudioTokenizerSpec
 
     def encode(self, sound_BSN: Tensor, sample_rate: int) -> Tensor:
-        """Sound (B, 1 or 2, N) in [-1, 1] -> float32 (B, T, C), per channel mean 0 and deviation 1."""
+        """Sound (B, 1 or 2, N) in [-1, 1] -> float32 (B, T, C), T = ``spec.latents`` of its length."""
         ...
 
     def decode(self, latents_BTC: Tensor) -> tuple[Tensor, int]:

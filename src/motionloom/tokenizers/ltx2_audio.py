@@ -49,6 +49,8 @@ class LTX2Audio:
         Raises:
             UserError: one is missing, damaged, of another class, or does not fit the other.
         """
+        if not (folder / _VAE).is_dir() or not (folder / _VOCODER).is_dir():
+            raise UserError(f"{folder}: no audio tokenizer here: name a folder with {_VAE}/ and {_VOCODER}/")
         vae = diffusers_folder.load(folder / _VAE, {"AutoencoderKLLTX2Audio": "models"}, torch.float32)
         vocoder = diffusers_folder.load(folder / _VOCODER, _VOCODERS, torch.float32)
         try:
@@ -159,15 +161,3 @@ def _output_rate(config: Any, vocoder: Any) -> int:
         if vocoder[said] != made:
             raise ValueError(f"{said} of the vocoder is {vocoder[said]}, and its layers make {made:g} Hz")
     return int(vocoder.output_sampling_rate)
-
-
-def load_audio_tokenizer(folder: str | Path) -> LTX2Audio:
-    """Read an audio tokenizer's folder, or an LTX-2 pipeline's that has ``audio_vae/`` and ``vocoder/``.
-
-    Raises:
-        UserError: the folder is missing or is not an audio tokenizer.
-    """
-    folder = Path(folder)
-    if not (folder / _VAE).is_dir() or not (folder / _VOCODER).is_dir():
-        raise UserError(f"{folder}: no audio tokenizer here: name a folder with {_VAE}/ and {_VOCODER}/")
-    return LTX2Audio.open(folder)

@@ -9,6 +9,7 @@ Shapes: B batch, P pixel frames of all shots, F latent frames of all shots.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -67,3 +68,13 @@ def decode_scenes(tokenizer: Tokenizer, latents_BFhwC: Tensor, scene_frames: Seq
     """
     shots = latents_BFhwC.split(scene_latents(tokenizer.spec, scene_frames), dim=1)
     return torch.cat([tokenizer.decode(shot) for shot in shots], dim=1)
+
+
+@lru_cache(maxsize=4096)
+def latent_scenes(spec: TokenizerSpec, scene_frames: tuple[int, ...]) -> tuple[int, ...]:
+    """The shot of each latent frame of a clip encoded as a whole: that of its middle pixel frame."""
+    shot_of_pixel = [shot for shot, frames in enumerate(scene_frames) for _ in range(frames)]
+    latent_frames = spec.latent_grid(len(shot_of_pixel), spec.spatial, spec.spatial)[0]
+    ends = [spec.pixel_frames(f + 1) for f in range(latent_frames)]
+    begins = [0, *ends[:-1]]
+    return tuple(shot_of_pixel[(begin + end) // 2] for begin, end in zip(begins, ends, strict=True))

@@ -24,6 +24,7 @@ from motionloom.train.clock import Clock
 from motionloom.train.ema import Ema
 from motionloom.train.guard import NotFinite
 from motionloom.train.heldout import heldout_loss
+from motionloom.train.lora_start import start_from_file
 from motionloom.train.method import HeldOut, Loader, Method
 from motionloom.train.metrics import Running, Writer, peak_memory_gib
 from motionloom.train.report import Progress, Reporter, Silent
@@ -251,11 +252,15 @@ class Trainer:
             return
         if resume:
             self._reporter.note(f"{self._run_dir} holds no checkpoint yet: starting at step 0")
-        if self._config.init_from:
-            step = start_from(Path(self._config.init_from), self._method.modules(), self._ranks)
-            self._reporter.note(f"starting from the weights of {self._config.init_from}, step {step}")
-            if self.ema is not None:
-                self.ema.update(0)
+        if source := self._config.init_from:
+            found = f"step {start_from(Path(source), self._method.modules(), self._ranks)}"
+        elif source := self._recipe.lora.init_from:
+            found = f"{start_from_file(self._recipe, self._method.modules())} layers"
+        else:
+            return
+        self._reporter.note(f"starting from the weights of {source}, {found}")
+        if self.ema is not None:
+            self.ema.update(0)
 
     def _refuse_or_clean(self, resume: bool) -> None:
         checkpoint.clean(self._run_dir)

@@ -11,10 +11,9 @@ from __future__ import annotations
 import hashlib
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 import torch
@@ -22,22 +21,13 @@ from torch import Tensor, nn
 
 from motionloom.config.recipe import LoraConfig
 from motionloom.errors import UserError
+from motionloom.train.patterns import Target, choose
 
 Layer = Any
 """A ``peft.tuners.lora.LoraLayer``, whose attributes torch's annotations hide."""
 
 TRAINED = "default"
-"""Name of the adapter that is trained; files that are added for sampling get names of their own."""
-
-
-@dataclass(frozen=True)
-class Target:
-    """What one pattern of ``lora.targets`` chose."""
-
-    pattern: str
-    modules: tuple[str, ...]
-    parameters: int
-    """Trained numbers of its adapters; 0 for a pattern that leaves out."""
+"""peft's name of the adapter; there is one beside a layer."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +48,24 @@ class Adapter:
         return self.down_RI.shape[0]
 
     def merged(self, weight_OI: Tensor, strength: float = 1.0) -> Tensor:
-        """The layer's weight with this adapter in it, acting ``strength`` times; computed in float32."""
-        change_OI = self.up_OR.float() @ self.down_RI.float()
-        whole_OI = weight_OI.float() + strength * self.alpha / self.rank * change_OI
-        if self.magnitude_O is not None:
-            length_O1 = torch.linalg.vector_norm(whole_OI, dim=1, keepdim=True)
-            whole_OI = whole_OI * self.magnitude_O.float()[:, None] / length_O1
-        return whole_OI.to(weight_OI.dtype)
+        """The layer's weight with this adapter in it, acting ``strength`` times; computed in float32.
+
+        DoRA goes that part of the way from the base to its weight, as in ComfyUI; so 0 is always the base, to
+        the bit.
+        """
+        base_OI = weight_OI.float()
+        down_RI, up_OR = (t.to(weight_OI.device, torch.float32) for t in (self.down_RI, self.up_OR))
+        change_OI = self.alpha / self.rank * (up_OR @ down_RI)
+        if self.magnitude_O is None:
+            return (base_OI + strength * change_OI).to(weight_OI.dtype)
+        whole_OI = base_OI + change_OI
+        length_O = torch.linalg.vector_norm(whole_OI, dim=1)
+        turned_OI = whole_OI * (self.magnitude_O.to(length_O) / length_O)[:, None]
+        return torch.lerp(base_OI, turned_OI, strength).to(weight_OI.dtype)
+
+
+Files = Sequence[tuple[Mapping[str, Adapter], float]]
+"""Adapters by layer, and how strongly they act."""
 
 
 def merged_together(weight_OI: Tensor, adapters: Sequence[tuple[Adapter, float]]) -> Tensor:
@@ -74,59 +75,19 @@ def merged_together(weight_OI: Tensor, adapters: Sequence[tuple[Adapter, float]]
     scale the adapters that come before it as well.)
     """
     base_OI = weight_OI.float()
+    if len(adapters) == 1:
+        return adapters[0][0].merged(base_OI, adapters[0][1])
     return base_OI + sum((one.merged(base_OI, strength) - base_OI for one, strength in adapters), 0.0)
 
 
 def choose_modules(module: nn.Module, patterns: Sequence[str]) -> dict[str, tuple[str, ...]]:
     """Which linear layers each pattern of ``lora.targets`` takes, by pattern.
 
-    A pattern is dotted parts of a module's name, in a row and anywhere in it; ``*`` stands for any letters
-    within one part. ``attn1`` takes every linear layer inside modules of that name, ``attn1.to_q`` one in
-    each, and ``!blocks.0`` leaves out what it fits. The first pattern that fits a layer decides.
-
     Raises:
-        UserError: a pattern that fits no layer, or only such as earlier patterns have decided.
+        UserError: as :func:`~motionloom.train.patterns.choose`.
     """
     names = [name for name, part in module.named_modules() if isinstance(part, nn.Linear)]
-    chosen: dict[str, tuple[str, ...]] = {}
-    left = names
-    for pattern in patterns:
-        fits = _matcher(pattern.removeprefix("!"))
-        taken = tuple(name for name in left if fits(name))
-        if not taken:
-            raise UserError(_why_nothing(pattern, any(map(fits, names)), names))
-        chosen[pattern] = taken
-        left = [name for name in left if name not in set(taken)]
-    return chosen
-
-
-def _matcher(pattern: str) -> Any:
-    inner = re.escape(pattern).replace(r"\*", "[^.]*")
-    return re.compile(rf"(?:^|\.){inner}(?:\.|$)").search
-
-
-def _why_nothing(pattern: str, decided: bool, names: Sequence[str]) -> str:
-    if decided:
-        return (
-            f"lora.targets: {pattern} only fits layers that patterns before it have decided: move it up or "
-            "remove it"
-        )
-    tails = sorted({tail for name in names for tail in _tails(name)})
-    likely = get_close_matches(pattern.removeprefix("!"), tails, 3, cutoff=0.5)
-    near = likely or sorted({next(_tails(name)) for name in names})
-    return f"lora.targets: {pattern} fits no linear layer of this model; near are {', '.join(near)}"
-
-
-def _tails(name: str) -> Iterator[str]:
-    """What a pattern may say, without the numbers of blocks: ``blocks.0.attn.to_out.0`` -> to_out.0,
-    attn.to_out.0."""
-    parts = name.split(".")
-    for start in range(len(parts) - 1, -1, -1):
-        if parts[start].isdigit():
-            if start < len(parts) - 1:
-                return
-            continue
-        yield ".".join(parts[start:])
+    return choose(names, patterns, "lora.targets", "linear layer")
 
 
 def add_lora(
@@ -134,6 +95,7 @@ def add_lora(
     config: LoraConfig,
     generator: torch.Generator,
     base_dtype: torch.dtype | None = None,
+    whole: Collection[str] = (),
 ) -> list[Target]:
     """Freeze ``module`` and put fresh adapters, float32, beside the layers that ``config.targets`` choose.
 
@@ -143,6 +105,7 @@ def add_lora(
         generator: draws the down-projections (CPU). Equal generators give equal adapters.
         base_dtype: of the frozen linear layers inside ``module.blocks()``; None: as they are. With the dtype
             that autocast computes in, the result is the same and the base takes half the memory.
+        whole: names of parameters that keep their dtype, since they are to be trained.
 
     Returns:
         A row for each pattern, in order.
@@ -152,11 +115,9 @@ def add_lora(
     """
     chosen = choose_modules(module, config.targets)
     names = [name for pattern, taken in chosen.items() if pattern[0] != "!" for name in taken]
-    if not names:
-        raise UserError("lora.targets only leaves out: name the layers that are to be adapted as well")
     if base_dtype is not None:
-        cast_blocks(module, base_dtype)
-    layers = _inject(module, names, TRAINED, config.rank, config.alpha, config.dropout, config.dora)
+        cast_blocks(module, base_dtype, whole)
+    layers = _inject(module, names, config)
     for name in names:
         down, up = layers[name].lora_A[TRAINED].weight, layers[name].lora_B[TRAINED].weight
         with torch.no_grad():
@@ -178,13 +139,15 @@ def add_lora(
     ]
 
 
-def cast_blocks(module: nn.Module, dtype: torch.dtype) -> None:
-    """Hold the linear layers inside ``module.blocks()`` in ``dtype``."""
+def cast_blocks(module: nn.Module, dtype: torch.dtype, besides: Collection[str] = ()) -> None:
+    """Hold the linear layers inside ``module.blocks()`` in ``dtype``, ``besides`` some parameters."""
+    keep = {id(p) for name, p in module.named_parameters() if name in besides}
     # Outside of the blocks networks read the dtype of their residual stream from a layer's weight.
     for block in module.blocks():  # type: ignore[operator]
         for part in block.modules():
-            if isinstance(part, nn.Linear):
-                part.to(dtype)
+            for p in part.parameters(recurse=False) if isinstance(part, nn.Linear) else ():
+                if id(p) not in keep:
+                    p.data = p.data.to(dtype)
 
 
 def _on_meta(module: nn.Module) -> bool:
@@ -195,16 +158,14 @@ def _count(layer: Layer) -> int:
     return sum(p.numel() for name, p in layer.named_parameters() if "lora_" in name)
 
 
-def _inject(
-    module: nn.Module, names: Sequence[str], adapter: str, rank: int, alpha: float, dropout: float, dora: bool
-) -> dict[str, Layer]:
+def _inject(module: nn.Module, names: Sequence[str], wish: LoraConfig) -> dict[str, Layer]:
     """peft's layers in the place of the linear ones called ``names``; their adapters hold no values yet."""
     peft = import_peft()
     config = peft.LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        use_dora=dora,
+        r=wish.rank,
+        lora_alpha=wish.alpha,
+        lora_dropout=wish.dropout,
+        use_dora=wish.dora,
         init_lora_weights=False,
         target_modules="|".join(map(re.escape, names)),
     )
@@ -212,23 +173,23 @@ def _inject(
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         # DoRA measures the base as it comes, so both must have memory or neither.
-        bare = not dora or _on_meta(module)
-        peft.inject_adapter_in_model(config, module, adapter_name=adapter, low_cpu_mem_usage=bare)
+        bare = not wish.dora or _on_meta(module)
+        peft.inject_adapter_in_model(config, module, adapter_name=TRAINED, low_cpu_mem_usage=bare)
     layers = lora_layers(module)
     for name in names:
-        _materialise(layers[name], adapter)
+        _materialise(layers[name])
     return layers
 
 
-def _materialise(layer: Layer, adapter: str) -> None:
+def _materialise(layer: Layer) -> None:
     """Float32 beside the base's weight, whatever that is in; on the CPU where it has no memory yet."""
     base = layer.get_base_layer().weight
     device = torch.device("cpu") if base.is_meta else base.device
-    for part in (layer.lora_A[adapter], layer.lora_B[adapter]):
+    for part in (layer.lora_A[TRAINED], layer.lora_B[TRAINED]):
         empty = torch.zeros(part.weight.shape, dtype=torch.float32, device=device)
         part.weight = nn.Parameter(empty, requires_grad=True)
-    if adapter in layer.lora_magnitude_vector:
-        part = layer.lora_magnitude_vector[adapter]
+    if TRAINED in layer.lora_magnitude_vector:
+        part = layer.lora_magnitude_vector[TRAINED]
         part.weight = nn.Parameter(torch.zeros(len(base), device=device), requires_grad=True)
 
 
@@ -295,79 +256,78 @@ def _close(own: Tensor, other: Tensor) -> bool:
     return own.shape == other.shape and bool((own - other).norm() <= 0.01 * own.norm())
 
 
-def attach(module: nn.Module, adapters: Mapping[str, Adapter], adapter: str, strength: float = 1.0) -> None:
-    """Put finished adapters beside the layers that they name; those that are there stay active.
-
-    Args:
-        adapters: by layer; they fit (:func:`check_fits`).
-        adapter: their name in the module.
-        strength: how much they count.
-    """
-    kinds: dict[tuple[int, float, bool], list[str]] = {}
-    for name, one in adapters.items():
-        kinds.setdefault((one.rank, one.alpha, one.magnitude_O is not None), []).append(name)
-    for n, ((rank, alpha, dora), names) in enumerate(kinds.items()):
-        inner = f"{adapter}_{n}" if n else adapter
-        layers = _inject(module, names, inner, rank, alpha, 0.0, dora)
-        for name in names:
-            _fill(layers[name], inner, adapters[name])
-            layers[name].set_scale(inner, strength)
-    for layer in lora_layers(module).values():
-        layer.set_adapter(list(layer.lora_A), inference_mode=True)
-
-
-@torch.no_grad()
-def _fill(layer: Layer, adapter: str, values: Adapter) -> None:
-    layer.lora_A[adapter].weight.copy_(values.down_RI)
-    layer.lora_B[adapter].weight.copy_(values.up_OR)
-    if values.magnitude_O is not None:
-        layer.lora_magnitude_vector[adapter].weight.copy_(values.magnitude_O)
-
-
 @contextmanager
-def merged(module: nn.Module) -> Iterator[None]:
-    """Inside, the adapters are part of the weights and cost nothing; after, the base is as it was, to the
-    bit.
+def merged(module: nn.Module, files: Files = ()) -> Iterator[None]:
+    """Inside, the module's own adapters and those of ``files`` are part of the weights and cost nothing;
+    after, the base is as it was, to the bit.
 
-    Keeps a copy of every adapted weight meanwhile. The merged weights are rounded to the base's dtype.
+    Keeps a copy of every changed weight meanwhile. The merged weights are rounded to the base's dtype.
     """
-    layers = lora_layers(module).values()
-    own = [layer.get_base_layer().weight.detach().clone() for layer in layers]
+    layers = lora_layers(module)
+    beside = _beside(module, files)
+    own = {name: _weight(module, name).detach().clone() for name in beside}
     try:
-        with torch.no_grad():
-            for layer in layers:
-                layer.merge()
+        _put_in(module, beside)
+        for layer in layers.values():
+            layer.merged_adapters.extend(layer.lora_A)
         yield
     finally:
         with torch.no_grad():
-            for layer, weight in zip(layers, own, strict=True):
-                if layer.merged:
-                    layer.unmerge()
-                layer.get_base_layer().weight.copy_(weight)
+            for name, weight in own.items():
+                _weight(module, name).copy_(weight)
+        for layer in layers.values():
+            layer.merged_adapters.clear()
 
 
-def merge_into_base(module: nn.Module) -> None:
-    """Add the adapters to the weights for good, and take peft's layers out again."""
+def merge_into_base(module: nn.Module, files: Files = ()) -> None:
+    """Add the module's own adapters and those of ``files`` to the weights for good, and take peft's layers
+    out again. What acts 0 times leaves the weights as they are, to the bit."""
+    _put_in(module, _beside(module, files))
     for name, layer in lora_layers(module).items():
-        with torch.no_grad():
-            base = layer.get_base_layer().weight
-            base.copy_(merged_together(base, _adapters(layer)))
         parent, _, own = name.rpartition(".")
         setattr(module.get_submodule(parent), own, layer.get_base_layer())
     module.__dict__.pop("peft_config", None)
 
 
-def _adapters(layer: Layer) -> list[tuple[Adapter, float]]:
-    """What stands beside a layer, its strength in its scale."""
-    found = []
-    for name, down in layer.lora_A.items():
-        lengths = layer.lora_magnitude_vector
-        magnitude_O = lengths[name].weight if name in lengths else None
-        rank = down.weight.shape[0]
-        found.append(
-            (Adapter(down.weight, layer.lora_B[name].weight, layer.scaling[name] * rank, magnitude_O), 1.0)
-        )
-    return found
+def _beside(module: nn.Module, files: Files) -> dict[str, list[tuple[Adapter, float]]]:
+    """What stands beside each layer."""
+    beside = {name: [(_own(layer), 1.0)] for name, layer in lora_layers(module).items()}
+    for adapters, strength in files:
+        for name, one in adapters.items() if strength else ():
+            beside.setdefault(name, []).append((one, strength))
+    return beside
+
+
+@torch.no_grad()
+def _put_in(module: nn.Module, beside: Mapping[str, list[tuple[Adapter, float]]]) -> None:
+    for name, adapters in beside.items():
+        weight = _weight(module, name)
+        weight.copy_(merged_together(weight, adapters))
+
+
+def _weight(module: nn.Module, name: str) -> Tensor:
+    layer: Any = module.get_submodule(name)
+    weight: Tensor = (layer.get_base_layer() if hasattr(layer, "get_base_layer") else layer).weight
+    return weight
+
+
+def _own(layer: Layer) -> Adapter:
+    """The adapter that is trained beside a layer."""
+    down_RI, up_OR = (part[TRAINED].weight.detach() for part in (layer.lora_A, layer.lora_B))
+    lengths = layer.lora_magnitude_vector
+    magnitude_O = lengths[TRAINED].weight.detach() if TRAINED in lengths else None
+    return Adapter(down_RI, up_OR, layer.scaling[TRAINED] * down_RI.shape[0], magnitude_O)
+
+
+def started(own: Adapter, given: Adapter) -> Adapter:
+    """An adapter of the rank and alpha of ``own`` that acts exactly as ``given``, whose rank is not larger.
+
+    What is left of the rank keeps the down-projection of ``own``, and is silent.
+    """
+    down_RI, up_OR = own.down_RI.clone(), torch.zeros_like(own.up_OR)
+    down_RI[: given.rank] = given.down_RI
+    up_OR[:, : given.rank] = given.up_OR * (given.alpha * own.rank / (given.rank * own.alpha))
+    return Adapter(down_RI, up_OR, own.alpha, given.magnitude_O)
 
 
 def fingerprint(names: Iterable[str], read: Callable[[str], Tensor]) -> str:

@@ -7,7 +7,8 @@
                is written alpha / rank times, which every reader understands.
 
 :func:`read_lora` knows both, kohya's ``lora_down``, ``lora_up`` and ``lora_unet_`` names, and peft's own.
-Without any alpha in a file alpha is the rank, as everywhere.
+Without any alpha in a file alpha is the rank, as everywhere. Parts that a run trained whole stand beside the
+adapters, in either layout, as ``motionloom.<name>``: no other program reads those.
 """
 
 from __future__ import annotations
@@ -17,7 +18,9 @@ import re
 import shlex
 from collections import Counter
 from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -29,12 +32,14 @@ from motionloom.backbones.keys import KeyMap
 from motionloom.backbones.weights import Sink, is_pickle, write_file
 from motionloom.errors import UserError
 from motionloom.train.lora import TRAINED, Adapter
+from motionloom.train.parts import plain_name
 from motionloom.train.tensors import TensorFile
 
 Layout = Literal["diffusers", "comfyui"]
 LAYOUTS: tuple[Layout, ...] = ("diffusers", "comfyui")
 
 HEADER = "lora_adapter_metadata"
+PART = "motionloom."
 _PREFIXES = ("transformer.", "model.diffusion_model.", "diffusion_model.", "base_model.model.")
 _PARTS = {
     "lora_A": "down",
@@ -54,11 +59,17 @@ def checkpoint_adapters(tensors: Mapping[str, Tensor], alpha: float) -> dict[str
     return {layer: _adapter(layer, parts, alpha, "the checkpoint") for layer, parts in found.items()}
 
 
+def checkpoint_parts(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a LoRA's checkpoint holds besides adapters: parts that were trained whole, by plain name."""
+    return {plain_name(name): tensors[name] for name in tensors if ".lora_" not in name}
+
+
 def write_lora(
     path: Path,
     adapters: Mapping[str, Adapter],
     layout: Layout,
     *,
+    parts: Mapping[str, Tensor] = MappingProxyType({}),
     family: str = "",
     original: KeyMap | None = None,
     notes: Mapping[str, str] | None = None,
@@ -68,6 +79,7 @@ def write_lora(
 
     Args:
         family: ``model.type``.
+        parts: trained whole, by plain name.
         original: how the family's authors call the layers; ``comfyui`` needs it.
         notes: further texts for the header.
 
@@ -82,6 +94,7 @@ def write_lora(
         header[HEADER] = json.dumps(settings, sort_keys=True)
     else:
         tensors = _comfyui(adapters, family, original)
+    tensors |= {f"{PART}{name}": tensor for name, tensor in parts.items()}
     write_file(path, Sink.of_tensors({name: t.to(dtype) for name, t in tensors.items()}), metadata=header)
 
 
@@ -168,10 +181,72 @@ def read_lora(path: Path, layers: Collection[str], original: KeyMap | None = Non
     return adapters
 
 
-def recorded_base(path: Path) -> str:
-    """Fingerprint of the weights that a file's adapters were trained on; empty: it does not say."""
+def read_parts(path: Path) -> dict[str, Tensor]:
+    """The parts of a LoRA file that were trained whole, by plain name; none in files of other programs."""
+    file = TensorFile(path)
+    return {name.removeprefix(PART): file[name] for name in file if name.startswith(PART)}
+
+
+def unread(path: Path) -> list[str]:
+    """Tensors of a LoRA file that are neither adapters nor parts: changes of biases and norms, for one."""
+    return [name for name in TensorFile(path) if not name.startswith(PART) and not _KEY.fullmatch(name)]
+
+
+@dataclass(frozen=True)
+class Notes:
+    """What a LoRA file says of itself; empty or None: it does not say."""
+
+    base: str = ""
+    """Name of the weights that it was trained on."""
+    base_sha256: str = ""
+    """Their fingerprint."""
+    reference_downscale: int | None = None
+    """How many times smaller, both ways, the references that it was trained with are."""
+    reference_frame_stride: int | None = None
+    """How many times fewer moments they have."""
+
+    def header(self) -> dict[str, str]:
+        """As texts for a file's header; factors of references under the names of the LTX trainer as well,
+        which leaves out those that are 1."""
+        said = {field.name: getattr(self, field.name) for field in fields(self)}
+        for name, theirs in _LTX_FACTORS.items():
+            said |= dict.fromkeys(theirs, said[name] if (said[name] or 1) > 1 else None)
+        return {name: str(value) for name, value in said.items() if value}
+
+
+_LTX_FACTORS = {
+    "reference_downscale": ("reference_downscale_factor", "reference_spatial_scale_factor"),
+    "reference_frame_stride": ("reference_temporal_scale_factor",),
+}
+
+
+def read_notes(path: Path) -> Notes:
+    """What the header of a file says, of ours or of the LTX trainer.
+
+    Raises:
+        UserError: a factor is no whole number above 0.
+    """
     with safe_open(str(path), framework="pt") as opened:
-        return str((opened.metadata() or {}).get("base_sha256", ""))
+        header = opened.metadata() or {}
+
+    def factor(name: str) -> int | None:
+        said = next((header[key] for key in (name, *_LTX_FACTORS[name]) if key in header), None)
+        if said is None:
+            return None
+        try:
+            number = float(said)
+        except ValueError:
+            number = 0.0
+        if number < 1 or number != int(number):
+            raise UserError(f"{path}: {name} in its header is {said!r}, not 1, 2, ...: write it again")
+        return int(number)
+
+    return Notes(
+        header.get("base", ""),
+        header.get("base_sha256", ""),
+        factor("reference_downscale"),
+        factor("reference_frame_stride"),
+    )
 
 
 def _rewrite(path: Path) -> str:

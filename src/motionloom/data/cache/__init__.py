@@ -5,8 +5,9 @@ tokenizer/     the tokenizer                           text.lance    embeddings 
 skipped.jsonl  clips that could not be used, and why
 """
 
-from motionloom.data.cache.build import CacheReport, Progress, build_cache
+from motionloom.data.cache.build import CacheReport, build_cache
 from motionloom.data.cache.identity import Identity, decisive_keys
+from motionloom.data.cache.progress import Progress
 from motionloom.data.cache.reader import Cache, Row, open_cache
 from motionloom.data.cache.text import TextTable, is_trained
 

@@ -12,9 +12,8 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,35 +22,21 @@ from typing import Any
 import torch
 
 from motionloom.config.recipe import Recipe
-from motionloom.data.cache.decode import Decoded, decode_all, sample_for_fit
-from motionloom.data.cache.identity import (
-    IDENTITY_FILE,
-    Identity,
-    identify,
-    mismatches,
-    require_spec,
-)
-from motionloom.data.cache.tables import CLIP_SCHEMA, CLIPS, READERS, Writer, open_table
+from motionloom.data.cache.columns import as_half, track_columns
+from motionloom.data.cache.decode import Decoded, decode_all
+from motionloom.data.cache.identity import IDENTITY_FILE
+from motionloom.data.cache.makers import UNFINISHED, Makers, settle_makers
+from motionloom.data.cache.progress import Progress
+from motionloom.data.cache.tables import CLIPS, READERS, Writer, clip_schema, open_table
 from motionloom.data.cache.text import cache_text, is_trained
+from motionloom.data.cache.tracks import tracks_of
 from motionloom.data.manifest import ManifestEntry, Problem, Problems
 from motionloom.data.media import write_atomic
 from motionloom.errors import UserError
 from motionloom.text import TextEncoder, build_text_encoder, check_text_encoder
-from motionloom.tokenizers import (
-    Tokenizer,
-    VaeTokenizer,
-    encode_scenes,
-    fit_tokenizer,
-    load_tokenizer,
-    open_tokenizer,
-)
+from motionloom.tokenizers import AudioTokenizer, Tokenizer, encode_scenes
 
-Progress = Callable[[str, int, int], None]
-"""(what is being done, how many of it, of how many)."""
-
-TOKENIZER = "tokenizer"
 _SKIPPED, _LOCK = "skipped.jsonl", ".lock"
-_TOKENIZER_NEW = ".tokenizer.new"
 
 # Pixels in one encode call: 256 clips of 64 x 64 x 16, or one of 512 x 512 x 64; 200 MB of float32.
 _ENCODE_PIXELS = 2**24
@@ -79,6 +64,10 @@ class CacheReport:
     captions_cut: int
     """Longer than `text_encoder.max_length`."""
     seconds: float
+    holds: tuple[str, ...] = ()
+    """What stands beside the frames in the whole cache, a line each."""
+    ends_early: int = 0
+    """Clips encoded in this run whose sound ends before their picture; silence follows."""
 
     def lines(self) -> list[str]:
         """The report for people."""
@@ -92,6 +81,9 @@ class CacheReport:
             found.append(
                 f"{self.longer} clips are longer than the recipe's: {self.unused_seconds:.0f} s stay unused"
             )
+        found += self.holds
+        if self.ends_early:
+            found.append(f"the sound of {self.ends_early} clips ends before the picture: silence follows")
         if self.captions:
             found.append(f"embedded {self.captions} captions")
         if self.captions_cut:
@@ -105,6 +97,7 @@ def build_cache(
     out: str | Path,
     *,
     tokenizer: Tokenizer | None = None,
+    audio: AudioTokenizer | None = None,
     text_encoder: TextEncoder | None = None,
     on_progress: Progress = lambda what, done, total: None,
     commit_seconds: float = 10.0,
@@ -113,6 +106,7 @@ def build_cache(
 
     Args:
         tokenizer: none: that of `tokenizer.name_or_path`, the cache's own, or one that is fitted now.
+        audio: the same for sound and `audio.name_or_path`.
         text_encoder: none: the recipe's, if it is frozen.
         commit_seconds: what a kill may cost.
 
@@ -127,10 +121,9 @@ def build_cache(
         # The clips take hours, and a wrong path to the words should not show behind them.
         check_text_encoder(recipe.text_encoder)
     with _locked(out):
-        tokenizer = _settle_tokenizer(recipe, entries, out, tokenizer, on_progress)
-        if isinstance(tokenizer, VaeTokenizer) and torch.cuda.is_available():
-            tokenizer.to("cuda")
-        run = _Run(out, recipe, tokenizer, commit_seconds)
+        makers = settle_makers(recipe, entries, out, tokenizer, audio, on_progress)
+        makers.to_fastest()
+        run = _Run(out, recipe, makers, commit_seconds)
         run.plan(entries)
         run.encode(on_progress)
         run.finish(len(entries))
@@ -159,7 +152,7 @@ def _check_request(recipe: Recipe, entries: Sequence[ManifestEntry], out: Path) 
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; name a folder for the cache")
     if out.is_dir() and not (out / IDENTITY_FILE).exists():
-        names = {path.name for path in out.iterdir()} - {_LOCK, READERS, _TOKENIZER_NEW}
+        names = {path.name for path in out.iterdir()} - {_LOCK, READERS, *UNFINISHED}
         foreign = sorted(name for name in names if not name.startswith(f".{IDENTITY_FILE}."))
         if foreign:
             raise UserError(f"{out}: is not a cache and not empty (it holds {foreign[0]}); name a new folder")
@@ -181,37 +174,6 @@ def _locked(out: Path) -> Iterator[None]:
         yield
 
 
-def _settle_tokenizer(
-    recipe: Recipe,
-    entries: Sequence[ManifestEntry],
-    out: Path,
-    tokenizer: Tokenizer | None,
-    on_progress: Progress,
-) -> Tokenizer:
-    """The cache's tokenizer; that of a new cache is saved, with ``cache.json``, before its first row."""
-    new = out / _TOKENIZER_NEW
-    if (out / IDENTITY_FILE).exists():
-        if wrong := mismatches(Identity.read(out), recipe, tokenizer=tokenizer):
-            raise UserError(
-                f"{out}: was made otherwise and cannot be continued: {'; '.join(wrong)}; "
-                "give the recipe the cache's values, or name a new folder with --out"
-            )
-        if new.exists():
-            new.rename(out / TOKENIZER)
-        return tokenizer or load_tokenizer(out / TOKENIZER)
-    if tokenizer is None and recipe.tokenizer.name_or_path:
-        tokenizer = open_tokenizer(recipe.tokenizer)
-    if tokenizer is None:
-        clips = sample_for_fit(recipe, entries, on_progress)
-        tokenizer = fit_tokenizer(recipe.tokenizer, clips)
-    require_spec(tokenizer.spec, recipe)
-    shutil.rmtree(new, ignore_errors=True)  # of a run that was killed right here
-    tokenizer.save(new)
-    identify(recipe, tokenizer).write(out)
-    new.rename(out / TOKENIZER)
-    return tokenizer
-
-
 def _frozen_encoder(recipe: Recipe) -> TextEncoder:
     encoder = build_text_encoder(recipe.text_encoder, recipe.seed)
     if torch.cuda.is_available() and hasattr(encoder, "to"):
@@ -221,9 +183,13 @@ def _frozen_encoder(recipe: Recipe) -> TextEncoder:
 
 def _all_captions(out: Path) -> list[str]:
     """Every caption in the cache, those of clips from other manifests included."""
-    table = open_table(out / CLIPS).to_table(columns=["captions", "wordings"])
-    columns = (table[name].to_pylist() for name in table.column_names)
-    return sorted({caption for column in columns for captions in column for caption in captions})
+    dataset = open_table(out / CLIPS)
+    said = [name for name in ("captions", "wordings", "reference_caption") if name in dataset.schema.names]
+    found: set[str] = set()
+    for column in dataset.to_table(columns=said).columns:
+        for value in column.to_pylist():
+            found |= set(value) if isinstance(value, list) else {value or ""}
+    return sorted(found)
 
 
 def _wordings(entry: ManifestEntry) -> list[str]:
@@ -236,14 +202,25 @@ def crop_ids(entry: ManifestEntry, recipe: Recipe) -> list[str]:
     return [entry.id] if crops == 1 else [f"{entry.id}__c{crop:02d}" for crop in range(crops)]
 
 
-def source_stamp(entry: ManifestEntry) -> str:
-    """Changes when the file does (by size and time of writing), or the part of it that is taken."""
-    files = sorted(entry.path.iterdir()) if entry.path.is_dir() else [entry.path]
-    stats = [file.stat() for file in files]
+def source_stamp(entry: ManifestEntry, beside: Sequence[str] = ()) -> str:
+    """Changes when a file does (by size and time of writing), or the part of it that is taken.
+
+    Args:
+        beside: which files beside the clip are read, of `manifest.BESIDE`.
+    """
+    files = [_files_facts([file]) for file in entry.files(*beside)]
     times = [(scene.start, scene.end) for scene in entry.scenes]
-    facts = [len(files), sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)]
     part = [entry.start, entry.end, entry.fps if entry.path.is_dir() else None, times]
+    # A clip of one file keeps the stamp that it had when there was nothing beside it.
+    facts: Any = files[0] if len(files) == 1 else [files, [str(file) for file in entry.files(*beside)]]
     return hashlib.blake2b(json.dumps([facts, part]).encode(), digest_size=16).hexdigest()
+
+
+def _files_facts(paths: Sequence[Path]) -> list[int]:
+    """How many files there are, a folder's counted singly, their bytes, and when the last was written."""
+    files = [file for path in paths for file in (sorted(path.iterdir()) if path.is_dir() else [path])]
+    stats = [file.stat() for file in files]
+    return [len(files), sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)]
 
 
 @dataclass
@@ -252,7 +229,7 @@ class _Run:
 
     out: Path
     recipe: Recipe
-    tokenizer: Tokenizer
+    makers: Makers
     commit_seconds: float
     todo: list[ManifestEntry] = field(default_factory=list)
     kept: int = 0
@@ -260,11 +237,14 @@ class _Run:
     others: int = 0
     longer: int = 0
     unused_seconds: float = 0.0
+    ends_early: int = 0
     encoded: set[str] = field(default_factory=set)
     problems: Problems = field(default_factory=Problems)
 
     def __post_init__(self) -> None:
-        self._writer = Writer(self.out / CLIPS, CLIP_SCHEMA)
+        self._schema = clip_schema(self.recipe)
+        self._writer = Writer(self.out / CLIPS, self._schema)
+        self._beside = tracks_of(self.recipe)
         self._rows: list[dict[str, Any]] = []
         self._committed = time.monotonic()
         self._present: dict[str, dict[str, Any]] = {}
@@ -275,11 +255,12 @@ class _Run:
         table = open_table(self.out / CLIPS)
         if table is not None:
             columns = ["id", "clip", "stamp", "captions", "wordings", "source"]
+            columns += ["reference_caption"] if "reference_caption" in self._schema.names else []
             self._present = {row["id"]: row for row in table.to_table(columns=columns).to_pylist()}
         refresh: list[ManifestEntry] = []
         for entry in entries:
             try:
-                self._stamps[entry.id] = source_stamp(entry)
+                self._stamps[entry.id] = source_stamp(entry, self._beside)
             except OSError as error:
                 what = f"cannot be read ({(error.strerror or str(error)).lower()})"
                 self._skip(entry, Problem(entry.id, what, "restore the file", "missing file"))
@@ -330,17 +311,20 @@ class _Run:
 
     def counts(self) -> dict[str, Any]:
         """What the report says of the clips."""
-        names = ("kept", "recaptioned", "others", "longer", "unused_seconds")
+        names = ("kept", "recaptioned", "others", "longer", "unused_seconds", "ends_early")
         return {name: getattr(self, name) for name in names} | {
             "encoded": len(self.encoded),
             "skipped": self.problems,
+            "holds": tuple(_holds(self.out)),
         }
 
     def _told(self, entry: ManifestEntry, row: dict[str, Any]) -> dict[str, Any]:
         """What the manifest says of a row and may change without its latents."""
         captions = [scene.caption for scene in entry.scenes][: len(row["captions"])] or [entry.caption]
-        wordings = [] if entry.scenes else _wordings(entry)
-        return {"captions": captions, "wordings": wordings, "source": str(entry.path)}
+        told: dict[str, Any] = {"captions": captions, "wordings": _wordings(entry), "source": str(entry.path)}
+        if "reference_caption" in self._schema.names:
+            told["reference_caption"] = entry.reference_caption
+        return told
 
     def _recaption(self, entries: Sequence[ManifestEntry]) -> None:
         by_id = {id_: entry for entry in entries for id_ in crop_ids(entry, self.recipe)}
@@ -358,6 +342,7 @@ class _Run:
             self._writer.remove(stale)
 
     def _note_length(self, clip: Decoded) -> None:
+        self.ends_early += clip.tracks.sound_ends_early
         if clip.unused_seconds:
             self.longer += 1
             self.unused_seconds += clip.unused_seconds
@@ -369,11 +354,16 @@ class _Run:
 
     @torch.no_grad()
     def _encode(self, clips: Sequence[Decoded]) -> None:
-        bucket, videos = clips[0].bucket, torch.stack([clip.video_PHW3 for clip in clips])
-        latents = encode_scenes(self.tokenizer, videos, bucket.shots or (bucket.frames,))
-        halves = latents.to("cpu", torch.float16)
-        for clip, half_FhwC in zip(clips, halves, strict=True):
-            if not half_FhwC.isfinite().all():
+        blobs: list[bytes | None] = [b""] * len(clips)
+        if not clips[0].bucket.is_sound:
+            assert self.makers.tokenizer is not None
+            videos = torch.stack([clip.video_PHW3 for clip in clips])
+            latents = encode_scenes(self.makers.tokenizer, videos, clips[0].bucket.alone)
+            blobs = [as_half(latents_FhwC) for latents_FhwC in latents]
+        columns = track_columns(clips, self.makers, self.recipe)
+        for clip, blob, more in zip(clips, blobs, columns, strict=True):
+            row = {"latents": blob, **more}
+            if None in row.values():
                 what = "its latents are not finite in half precision"
                 self._skip(
                     clip.entry,
@@ -381,11 +371,11 @@ class _Run:
                 )
                 continue
             self.encoded.add(clip.entry.id)
-            self._rows.append(self._row(clip, half_FhwC.contiguous().numpy().tobytes()))
+            self._rows.append(self._row(clip, row))
         if sum(len(row["latents"]) for row in self._rows) >= _COMMIT_BYTES:
             self._commit()
 
-    def _row(self, clip: Decoded, latents: bytes) -> dict[str, Any]:
+    def _row(self, clip: Decoded, columns: dict[str, Any]) -> dict[str, Any]:
         row = {
             "id": crop_ids(clip.entry, self.recipe)[clip.crop],
             "clip": clip.entry.id,
@@ -394,7 +384,7 @@ class _Run:
             "captions": clip.captions,
             "scene_frames": clip.scene_frames,
             "stamp": self._stamps[clip.entry.id],
-            "latents": latents,
+            **columns,
         }
         return row | self._told(clip.entry, row)
 
@@ -405,3 +395,19 @@ class _Run:
         elif rows:
             self._writer.append(rows)
         self._committed = time.monotonic()
+
+
+def _holds(out: Path) -> Iterator[str]:
+    """What stands beside the frames of the clips in a cache, a line each."""
+    dataset = open_table(out / CLIPS)
+    for column, with_it, without in (
+        ("sound", "have sound", "are silent"),
+        ("reference", "have a reference", "have none"),
+        ("reference_sound", "have a reference with sound", "have none"),
+        ("mask", "have a mask", "have none"),
+    ):
+        if column in dataset.schema.names:
+            table = dataset.to_table(columns={"clip": "clip", "has": f"octet_length({column}) > 0"})
+            clips = dict(zip(table["clip"].to_pylist(), table["has"].to_pylist(), strict=True))
+            count = sum(clips.values())
+            yield f"{count} clips {with_it}, {len(clips) - count} {without}"

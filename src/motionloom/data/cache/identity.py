@@ -15,13 +15,27 @@ from typing import Any
 from motionloom.config.recipe import Recipe
 from motionloom.data.media import write_atomic
 from motionloom.errors import UserError
-from motionloom.tokenizers import Tokenizer, TokenizerSpec, open_tokenizer
+from motionloom.tokenizers import (
+    VAES,
+    AudioTokenizer,
+    AudioTokenizerSpec,
+    Tokenizer,
+    TokenizerSpec,
+    open_audio_tokenizer,
+    open_tokenizer,
+)
 
 FORMAT = 1
 LATENT_DTYPE = "float16"
 """Latents have deviation 1; half precision rounds each by at most 2^-11 of itself (0.05 %)."""
 
 IDENTITY_FILE = "cache.json"
+
+PARTS = {"audio": "sound", "references": "references", "masks": "masks"}
+"""Sections of a recipe that add something to each clip, with ``enabled``, and what that is called."""
+
+STORY_KEYS = ("plan.type", "stories.frames")
+"""Keys that decide nothing but the latents of clips of several shots."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +45,13 @@ class Identity:
     made_with: Mapping[str, Any]
     """Recipe keys and their values, as JSON holds them."""
     tokenizer: str
-    """The tokenizer's fingerprint."""
+    """The tokenizer's fingerprint; empty for sound alone."""
     spec: TokenizerSpec
     dtype: str = LATENT_DTYPE
     format: int = FORMAT
+    audio_tokenizer: str = ""
+    """The audio tokenizer's fingerprint; empty without sound."""
+    audio_spec: AudioTokenizerSpec | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -64,7 +81,15 @@ class Identity:
                     f"{folder}: is a cache of format {content['format']}, this version reads {FORMAT}; {make}"
                 )
             spec = TokenizerSpec(**content["tokenizer_spec"])
-            found = Identity(content["made_with"], content["tokenizer"], spec, content["dtype"])
+            heard = content.get("audio_spec")
+            found = Identity(
+                content["made_with"],
+                content["tokenizer"],
+                spec,
+                content["dtype"],
+                audio_tokenizer=content.get("audio_tokenizer", ""),
+                audio_spec=None if heard is None else AudioTokenizerSpec(**heard),
+            )
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{file}: is damaged ({error}); restore it or {make}") from error
         if found.fingerprint != content["fingerprint"]:
@@ -72,18 +97,34 @@ class Identity:
         return found
 
     def _content(self) -> dict[str, Any]:
+        heard: dict[str, Any] = {}
+        if self.audio_spec is not None:
+            heard = {"audio_tokenizer": self.audio_tokenizer, "audio_spec": asdict(self.audio_spec)}
         return {
             "format": self.format,
             "dtype": self.dtype,
             "tokenizer": self.tokenizer,
             "tokenizer_spec": asdict(self.spec),
             "made_with": dict(self.made_with),
+            **heard,
         }
 
 
-def identify(recipe: Recipe, tokenizer: Tokenizer) -> Identity:
-    """The identity of the cache that ``recipe`` makes with ``tokenizer``."""
-    return Identity(decisive_keys(recipe), tokenizer.fingerprint(), tokenizer.spec)
+def identify(recipe: Recipe, tokenizer: Tokenizer | None, audio: AudioTokenizer | None = None) -> Identity:
+    """The identity of the cache that ``recipe`` makes with these tokenizers; sound alone has none of pixels."""
+    return Identity(
+        decisive_keys(recipe),
+        "" if tokenizer is None else tokenizer.fingerprint(),
+        asked_spec(recipe) if tokenizer is None else tokenizer.spec,
+        audio_tokenizer="" if audio is None else audio.fingerprint(),
+        audio_spec=None if audio is None else audio.spec,
+    )
+
+
+def asked_spec(recipe: Recipe) -> TokenizerSpec:
+    """The shape rule that a recipe asks of its tokenizer."""
+    t = recipe.tokenizer
+    return TokenizerSpec(t.latent_d, t.latent_f, t.latent_t, t.first_alone)
 
 
 def decisive_keys(recipe: Recipe) -> dict[str, Any]:
@@ -112,6 +153,30 @@ def decisive_keys(recipe: Recipe) -> dict[str, Any]:
             "preprocess.shift_fraction": recipe.preprocess.shift_fraction,
             "preprocess.seed": crop_seed(recipe),
         }
+    return keys | _story_keys(recipe) | _part_keys(recipe)
+
+
+def _story_keys(recipe: Recipe) -> dict[str, Any]:
+    keys: dict[str, Any] = {}
+    if recipe.plan.type == "scenes" and recipe.tokenizer.type not in VAES:
+        keys["plan.type"] = "scenes"  # shots are encoded alone; those of a VAE always are
+    if recipe.stories.frames is not None:
+        keys["stories.frames"] = recipe.stories.frames
+    return keys
+
+
+def _part_keys(recipe: Recipe) -> dict[str, Any]:
+    """Keys of what stands beside the frames."""
+    keys: dict[str, Any] = {}
+    if recipe.audio.enabled:
+        named = ("enabled", "type", "sample_rate", "channels", "latents_per_second")
+        keys |= {f"audio.{name}": getattr(recipe.audio, name) for name in named}
+        if not recipe.audio.name_or_path:
+            keys["audio.whiten"] = recipe.audio.whiten
+    if recipe.references.enabled:
+        keys |= {f"references.{name}": value for name, value in recipe.references.model_dump().items()}
+    if recipe.masks.enabled:
+        keys["masks.enabled"] = True
     return keys
 
 
@@ -120,29 +185,71 @@ def crop_seed(recipe: Recipe) -> int:
     return recipe.seed if recipe.preprocess.seed is None else recipe.preprocess.seed
 
 
-def mismatches(identity: Identity, recipe: Recipe, *, tokenizer: Tokenizer | None = None) -> list[str]:
-    """Where the recipe, or the tokenizer at hand, is not what made the cache; one phrase per key.
+def mismatches(
+    identity: Identity,
+    recipe: Recipe,
+    *,
+    tokenizer: Tokenizer | None = None,
+    audio: AudioTokenizer | None = None,
+    reading: bool = False,
+    stories: bool = True,
+) -> list[str]:
+    """Where the recipe, or a tokenizer at hand, is not what made the cache; one phrase per key.
 
     Without ``tokenizer`` the one that `tokenizer.name_or_path` names is compared; an empty name means the
-    cache's own.
+    cache's own. The same holds for ``audio``.
+
+    Args:
+        reading: the cache may hold more than the recipe asks for, such as sound.
+        stories: False for a cache without a clip of several shots, where what decides only those is free.
     """
     found = []
-    wanted = decisive_keys(recipe)
-    for key in sorted(identity.made_with.keys() | wanted.keys()):
-        if key in wanted and key in identity.made_with and wanted[key] != identity.made_with[key]:
-            found.append(f"{key} is {identity.made_with[key]} in the cache and {wanted[key]} in the recipe")
-        elif key.startswith("tokenizer."):
+    made_with, wanted = dict(identity.made_with), decisive_keys(recipe)
+    for part, what in PARTS.items():
+        has, wants = (f"{part}.enabled" in keys for keys in (made_with, wanted))
+        if has != wants and not (reading and has):
+            holds = (
+                f"{part}.enabled is {str(has).lower()} in the cache and {str(wants).lower()} in the recipe"
+            )
+            found.append(f"{holds} (it holds {'no ' * (not has)}{what})")
+        if has != wants:
+            made_with, wanted = (_without(keys, f"{part}.") for keys in (made_with, wanted))
+    for key in sorted(made_with.keys() | wanted.keys()):
+        if key in STORY_KEYS and not stories:
             continue
-        elif key not in wanted or key not in identity.made_with:
-            found += _one_sided(key, identity.made_with, wanted)
+        if key in wanted and key in made_with and wanted[key] != made_with[key]:
+            found.append(f"{key} is {made_with[key]} in the cache and {wanted[key]} in the recipe")
+        elif key.startswith(("tokenizer.", "audio.")):
+            continue
+        elif key not in wanted or key not in made_with:
+            found += _one_sided(key, made_with, wanted)
     found += _spec_mismatches(identity.spec, recipe, "in the cache")
-    if tokenizer is None and recipe.tokenizer.name_or_path:
-        tokenizer = open_tokenizer(recipe.tokenizer)
-    if tokenizer is not None and tokenizer.fingerprint() != identity.tokenizer:
-        name = f" ({recipe.tokenizer.name_or_path})" if recipe.tokenizer.name_or_path else ""
-        digests = identity.tokenizer[:12], tokenizer.fingerprint()[:12]
-        found.append(f"the tokenizer is {digests[0]} in the cache and {digests[1]}{name} in the recipe")
+    if identity.tokenizer:
+        named = recipe.tokenizer.name_or_path
+        if tokenizer is None and named:
+            tokenizer = open_tokenizer(recipe.tokenizer)
+        found += _other_tokenizer("tokenizer", identity.tokenizer, tokenizer, named)
+    if identity.audio_tokenizer and recipe.audio.enabled:
+        named = recipe.audio.name_or_path
+        if audio is None and named:
+            audio = open_audio_tokenizer(recipe.audio)
+        found += _other_tokenizer("audio tokenizer", identity.audio_tokenizer, audio, named)
     return found
+
+
+def _without(keys: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {key: value for key, value in keys.items() if not key.startswith(prefix)}
+
+
+def _other_tokenizer(
+    what: str, cached: str, tokenizer: Tokenizer | AudioTokenizer | None, named: str
+) -> list[str]:
+    if tokenizer is None or tokenizer.fingerprint() == cached:
+        return []
+    name = f" ({named})" if named else ""
+    return [
+        f"the {what} is {cached[:12]} in the cache and {tokenizer.fingerprint()[:12]}{name} in the recipe"
+    ]
 
 
 def _one_sided(key: str, cached: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

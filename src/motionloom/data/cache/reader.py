@@ -5,7 +5,7 @@ Shapes: F latent frames, h x w latent cells, C channels.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
@@ -20,14 +20,16 @@ from torch import Tensor
 from motionloom.config.recipe import Recipe
 from motionloom.data.buckets import Bucket
 from motionloom.data.cache.identity import Identity, mismatches
+from motionloom.data.cache.makers import AUDIO_TOKENIZER, TOKENIZER
 from motionloom.data.cache.tables import CLIPS, TEXT, Blobs, hold_open, open_table, read_table
 from motionloom.data.cache.text import TextTable
 from motionloom.errors import UserError
 from motionloom.rng import numpy_rng
-from motionloom.tokenizers import Tokenizer, load_tokenizer
+from motionloom.tokenizers import AudioTokenizer, Tokenizer, load_audio_tokenizer, load_tokenizer
 from motionloom.tokenizers.scenes import decode_scenes
 
 _COLUMNS = ("id", "clip", "crop", "bucket", "captions", "wordings", "scene_frames", "source", "stamp")
+_BESIDE = ("sound_latents", "reference_grid", "reference_caption")  # in the tables that have them
 _ITEM = np.dtype(np.float16)
 
 
@@ -43,7 +45,7 @@ class Row:
     captions: list[str]
     """Per scene."""
     wordings: list[str]
-    """All captions of a clip of one scene, its own first; they say the same."""
+    """All captions of the clip as a whole, its own first; they say the same."""
     scene_frames: list[int]
     """Pixel frames of each scene."""
     source: str
@@ -52,8 +54,7 @@ class Row:
 
     def decode(self, tokenizer: Tokenizer) -> Tensor:
         """Its pixels after ``tokenizer``, uint8 (P, H, W, 3); shots coded alone are decoded alone."""
-        shots = self.bucket.shots or (self.bucket.frames,)
-        return decode_scenes(tokenizer, self.latents_FhwC[None], shots)[0]
+        return decode_scenes(tokenizer, self.latents_FhwC[None], self.bucket.alone)[0]
 
 
 class Cache:
@@ -71,7 +72,8 @@ class Cache:
             raise UserError(
                 f"{path}: holds no clip yet; fill it: motionloom cache RECIPE --manifest M --out {path}"
             )
-        rows = read_table(self._dataset, _COLUMNS)
+        self._has = frozenset(self._dataset.schema.names)
+        rows = read_table(self._dataset, [*_COLUMNS, *(name for name in _BESIDE if name in self._has)])
         self.ids: list[str] = rows["id"].to_pylist()
         order = sorted(range(len(self.ids)), key=self.ids.__getitem__)
         self.ids = [self.ids[i] for i in order]
@@ -125,7 +127,10 @@ class Cache:
 
     def metadata(self, numbers: Iterable[int]) -> list[dict]:
         """All but the latents of these rows, as plain values; the fields are those of `Row`."""
-        return self._rows.take(pa.array(list(numbers), pa.int64())).drop_columns(["stamp"]).to_pylist()
+        return self._told(numbers, _COLUMNS[:-1])
+
+    def _told(self, numbers: Iterable[int], columns: Sequence[str]) -> list[dict]:
+        return self._rows.select(columns).take(pa.array(list(numbers), pa.int64())).to_pylist()
 
     def latents(self, numbers: Iterable[int]) -> list[NDArray[np.float16]]:
         """Latents (F, h, w, C) of these rows as stored."""
@@ -134,6 +139,89 @@ class Cache:
         shapes = [self._shapes[self._names[n]] for n in numbers]
         return [blob.view(_ITEM).reshape(shape) for blob, shape in zip(blobs, shapes, strict=True)]
 
+    # What stands beside the frames. A cache of before there was such a thing has none of it.
+
+    @property
+    def has_video(self) -> bool:
+        """False for a cache of sound alone, which has no tokenizer of pixels either."""
+        return bool(self.identity.tokenizer)
+
+    @property
+    def has_sound(self) -> bool:
+        """Whether the sound of its clips was cached; single ones may be silent."""
+        return "sound" in self._has
+
+    @property
+    def has_references(self) -> bool:
+        """Whether references were cached; single clips may have none."""
+        return "reference" in self._has
+
+    @property
+    def has_masks(self) -> bool:
+        """Whether masks were cached; single clips may have none."""
+        return "mask" in self._has
+
+    @cached_property
+    def has_stories(self) -> bool:
+        """Whether a clip has more than one shot."""
+        return any(len(frames) > 1 for frames in self._rows["scene_frames"].to_pylist())
+
+    def sounds(self, numbers: Sequence[int]) -> list[list[NDArray[np.float16]] | None]:
+        """Sound latents (T, C) of each part that was encoded alone (the shots, or the clip as a whole); None
+        for a silent clip."""
+        channels = self._sound_channels
+        found: list[list[NDArray[np.float16]] | None] = []
+        told = self._told(numbers, ["sound_latents"])
+        for row, blob in zip(told, self._blobs["sound"].take(self._places(numbers)), strict=True):
+            x_TC = blob.view(_ITEM).reshape(-1, channels)
+            cuts = np.cumsum(row["sound_latents"])[:-1]
+            found.append(np.split(x_TC, cuts) if len(x_TC) else None)
+        return found
+
+    def references(self, numbers: Sequence[int]) -> list[NDArray[np.float16] | None]:
+        """Latents (F, h, w, C) of each row's reference; None where there is none."""
+        blobs = self._blobs["reference"].take(self._places(numbers))
+        grids = [row["reference_grid"] for row in self._told(numbers, ["reference_grid"])]
+        channels = self.identity.spec.channels
+        return [
+            blob.view(_ITEM).reshape(*grid, channels) if grid else None
+            for blob, grid in zip(blobs, grids, strict=True)
+        ]
+
+    def reference_sounds(self, numbers: Sequence[int]) -> list[NDArray[np.float16] | None]:
+        """Sound latents (T, C) of each row's reference; None where there are none."""
+        if "reference_sound" not in self._has:
+            return [None] * len(numbers)
+        blobs = self._blobs["reference_sound"].take(self._places(numbers))
+        return [blob.view(_ITEM).reshape(-1, self._sound_channels) if len(blob) else None for blob in blobs]
+
+    def reference_captions(self, numbers: Sequence[int]) -> list[str | None]:
+        """What is seen in each row's reference, where the manifest says it."""
+        return [row["reference_caption"] for row in self._told(numbers, ["reference_caption"])]
+
+    def masks(self, numbers: Sequence[int]) -> list[NDArray[np.bool_] | None]:
+        """Bool (F, h, w) of each row, True where a latent cell is given; None for a clip without a mask."""
+        blobs = self._blobs["mask"].take(self._places(numbers))
+        shapes = [self._shapes[self._names[n]][:3] for n in numbers]
+        return [
+            np.unpackbits(blob, count=prod(shape)).astype(bool).reshape(shape) if len(blob) else None
+            for blob, shape in zip(blobs, shapes, strict=True)
+        ]
+
+    def audio_tokenizer(self) -> AudioTokenizer:
+        """The tokenizer that made the sound's latents. Raises `UserError` in a cache without sound."""
+        if self.identity.audio_spec is None:
+            raise UserError(f"{self.path}: holds no sound; make it again with audio.enabled=true")
+        return load_audio_tokenizer(self.path / AUDIO_TOKENIZER)
+
+    @property
+    def _sound_channels(self) -> int:
+        assert self.identity.audio_spec is not None, "a cache without sound"
+        return self.identity.audio_spec.channels
+
+    def _places(self, numbers: Sequence[int]) -> list[int]:
+        return [int(self._place[n]) for n in numbers]
+
     @cached_property
     def text(self) -> TextTable | None:
         """Embeddings of the captions; None when the cache was made without."""
@@ -141,12 +229,17 @@ class Cache:
         return None if dataset is None else TextTable(dataset)
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that made the latents."""
-        return load_tokenizer(self.path / "tokenizer")
+        """The tokenizer that made the latents. Raises `UserError` in a cache of sound alone."""
+        if not self.has_video:
+            raise UserError(f"{self.path}: holds sound alone, and no tokenizer of pixels")
+        return load_tokenizer(self.path / TOKENIZER)
 
     def mismatches(self, recipe: Recipe) -> list[str]:
-        """Where the recipe would make another cache, one phrase per key; empty when this is its cache."""
-        return mismatches(self.identity, recipe)
+        """Where the recipe would make another cache, one phrase per key; empty when this is its cache.
+
+        A cache may hold more than the recipe asks for, such as sound.
+        """
+        return mismatches(self.identity, recipe, reading=True, stories=self.has_stories)
 
     def require(self, recipe: Recipe) -> None:
         """Raises `UserError` unless this is the cache that ``recipe`` makes."""
@@ -158,9 +251,13 @@ class Cache:
             )
 
     def statistics(self, sample: int = 512) -> tuple[Tensor, Tensor]:
-        """Mean and deviation of each channel, (C,) each, over a fixed draw of at most ``sample`` rows."""
+        """Mean and deviation of each channel, (C,) each, over a fixed draw of at most ``sample`` rows; of the
+        sound where there is nothing else."""
         drawn = numpy_rng("cache statistics", len(self)).permutation(len(self))[:sample]
-        values_NC = np.concatenate([x.reshape(-1, x.shape[-1]) for x in self.latents(drawn)])
+        if self.has_video:
+            values_NC = np.concatenate([x.reshape(-1, x.shape[-1]) for x in self.latents(drawn)])
+        else:
+            values_NC = np.concatenate([part for parts in self.sounds(drawn.tolist()) for part in parts or ()])
         x_NC = torch.from_numpy(values_NC.astype(np.float32))
         return x_NC.mean(dim=0), x_NC.std(dim=0, correction=0)
 
@@ -183,14 +280,53 @@ class Cache:
             yield f"{id_}: {blob.nbytes} bytes of latents where {bucket} needs {prod(shape) * _ITEM.itemsize}"
         elif not np.isfinite(blob.view(_ITEM)).all():
             yield f"{id_}: latents that are not finite"
+        yield from self._verify_beside(number, id_)
         frames, captions = row["scene_frames"], row["captions"]
         if sum(frames) != bucket.frames or len(captions) != len(frames):
             yield f"{id_}: scenes of {frames} frames and {len(captions)} captions in {bucket}"
 
+    def _verify_beside(self, number: int, id_: str) -> Iterator[str]:
+        place = int(self._place[number])
+        bucket = Bucket.parse(str(self._names[number]))
+        needed = {
+            "sound": sum(self._rows["sound_latents"][number].as_py()) if self.has_sound else 0,
+            "reference": prod(self._rows["reference_grid"][number].as_py()) if self.has_references else 0,
+        }
+        channels = {"sound": self.identity.audio_spec, "reference": self.identity.spec}
+        for column in self._has & {"sound", "reference"}:
+            blob, spec = self._blobs[column].take([place])[0], channels[column]
+            # The product of no numbers is 1: a clip without a reference has no grid.
+            asked = needed[column] * spec.channels * _ITEM.itemsize if spec is not None and len(blob) else 0
+            if blob.nbytes != asked:
+                yield f"{id_}: {blob.nbytes} bytes of {column} where {asked} are needed"
+            elif not np.isfinite(blob.view(_ITEM)).all():
+                yield f"{id_}: {column} that is not finite"
+        if self.has_masks:
+            blob = self._blobs["mask"].take([place])[0]
+            asked = -(-prod(self.latent_shape(bucket)[:3]) // 8)
+            if len(blob) not in (0, asked):
+                yield f"{id_}: {len(blob)} bytes of mask where {bucket} needs {asked}"
+
     @cached_property
     def _latents(self) -> Blobs:
-        total = sum(len(rows) * prod(self.latent_shape(b)) for b, rows in self.buckets.items())
-        return Blobs(self._dataset, "latents", total * _ITEM.itemsize)
+        return Blobs(
+            self._dataset, "latents", sum(self._bytes_of(b) * len(r) for b, r in self.buckets.items())
+        )
+
+    def _bytes_of(self, bucket: Bucket) -> int:
+        return prod(self.latent_shape(bucket)) * _ITEM.itemsize
+
+    @cached_property
+    def _blobs(self) -> dict[str, Blobs]:
+        """The columns beside the latents."""
+        sizes = {"sound": 0, "reference": 0, "reference_sound": 0, "mask": 0}
+        if self.has_sound:
+            latents = sum(sum(counts) for counts in self._rows["sound_latents"].to_pylist())
+            sizes["sound"] = sizes["reference_sound"] = latents * self._sound_channels * _ITEM.itemsize
+        if self.has_references:
+            cells = sum(prod(grid) for grid in self._rows["reference_grid"].to_pylist() if grid)
+            sizes["reference"] = cells * self.identity.spec.channels * _ITEM.itemsize
+        return {n: Blobs(self._dataset, n, size) for n, size in sizes.items() if n in self._has}
 
 
 def open_cache(path: str | Path) -> Cache:

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from motionloom.config.recipe import Recipe
 from motionloom.errors import UserError
 
 CLIPS, TEXT = "clips.lance", "text.lance"
@@ -38,9 +39,20 @@ CLIP_SCHEMA = pa.schema(
         pa.field("scene_frames", pa.list_(pa.int32())),  # pixel frames per scene
         pa.field("source", pa.string()),
         pa.field("stamp", pa.string()),  # changes when the source or the part taken of it does
-        pa.field("latents", pa.large_binary()),  # float16, row-major
+        pa.field("latents", pa.large_binary()),  # float16, row-major; empty for sound alone
     ]
 )
+SOUND_FIELDS = [
+    pa.field("sound", pa.large_binary()),  # float16 (T, C), shots end to end; empty for a silent clip
+    pa.field("sound_latents", pa.list_(pa.int32())),  # T of each shot
+]
+REFERENCE_FIELDS = [
+    pa.field("reference", pa.large_binary()),  # float16, row-major; empty where there is none
+    pa.field("reference_grid", pa.list_(pa.int32())),  # its latent frames, rows and columns
+    pa.field("reference_caption", pa.string()),
+]
+REFERENCE_SOUND_FIELDS = [pa.field("reference_sound", pa.large_binary())]  # float16 (T, C)
+MASK_FIELDS = [pa.field("mask", pa.large_binary())]  # a bit per latent cell, 1: given; empty: none
 TEXT_SCHEMA = pa.schema(
     [
         pa.field("caption", pa.string()),
@@ -48,6 +60,17 @@ TEXT_SCHEMA = pa.schema(
         pa.field("embedding", pa.large_binary()),  # (tokens, dim) in the encoder's own dtype
     ]
 )
+
+
+def clip_schema(recipe: Recipe) -> pa.Schema:
+    """The columns of a recipe's clips: those of every cache, and what it asks for besides."""
+    fields = [*CLIP_SCHEMA]
+    fields += SOUND_FIELDS if recipe.audio.enabled else []
+    fields += REFERENCE_FIELDS if recipe.references.enabled else []
+    fields += REFERENCE_SOUND_FIELDS if recipe.references.enabled and recipe.references.audio else []
+    fields += MASK_FIELDS if recipe.masks.enabled else []
+    return pa.schema(fields)
+
 
 MEMORY_LIMIT = 2**30
 """Blobs of up to this many bytes in all are held in memory: a batch of 64 small clips then costs a tenth of a

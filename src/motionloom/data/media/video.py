@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 # Without these lists a text file named .mp4 could be taken for a playlist, which opens other files and
 # addresses.
 _FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,mpegvideo,flv,ogg,asf"
-_OPEN_OPTIONS = {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
 _ALPHA_DECODERS = {
     "vp9": "libvpx-vp9",
     "vp8": "libvpx",
@@ -34,19 +33,26 @@ _SEEK_FROM = 1.0  # seconds; decoding a second is cheaper than a seek that lands
 
 
 @contextlib.contextmanager
-def open_container(path: Path) -> Iterator[InputContainer]:
-    """Open a media file for reading; what ffmpeg says of it in there becomes one line that names the file."""
+def open_container(path: Path, more_formats: str = "", what: str = "a video") -> Iterator[InputContainer]:
+    """Open a media file for reading; what ffmpeg says of it in there becomes one line that names the file.
+
+    Args:
+        more_formats: ffmpeg's names, with commas, of those that are allowed beside videos'.
+        what: it should be.
+    """
     import av
 
+    formats = f"{_FORMATS},{more_formats}" if more_formats else _FORMATS
+    options = {"protocol_whitelist": "file", "format_whitelist": formats}
     try:
-        with av.open("file:" + os.fspath(path), options=_OPEN_OPTIONS) as container:
+        with av.open("file:" + os.fspath(path), options=options) as container:
             yield container
     except av.FFmpegError as error:
         if _lacks_index(path):
-            what = "truncated: the index (moov), which an mp4 may keep at its end, is missing"
-            raise MediaError(path, what, "fetch or re-encode it again, or delete it", "truncated") from error
-        what = f"is not a video that can be read ({(error.strerror or str(error)).lower()})"
-        raise MediaError(path, what, "re-encode it or delete it", "not a video") from error
+            wrong = "truncated: the index (moov), which an mp4 may keep at its end, is missing"
+            raise MediaError(path, wrong, "fetch or re-encode it again, or delete it", "truncated") from error
+        wrong = f"is not {what} that can be read ({(error.strerror or str(error)).lower()})"
+        raise MediaError(path, wrong, "re-encode it or delete it", f"not {what}") from error
 
 
 def _lacks_index(path: Path) -> bool:

@@ -1,0 +1,257 @@
+"""The joint between what was given and what was made: does the picture jump, does the motion go on, is it
+still the same thing.
+
+A joint is the index of the first frame on its far side. P frames, H x W pixels.
+
+Protocol ``seam-v1``: a frame difference is the mean absolute change of all values; the seam's ratio is the
+difference across the joint over the mean difference elsewhere in the clip (``seam ratio``) or in real clips
+(``seam ratio to real``); a clip of several joints counts with their mean. A ratio near 1 is a clip without a
+seam; 1.5 is the bound.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from motionloom.data.shapeworld import Attributes, Facts, Track, World, adherence, oracle
+from motionloom.evals.asked import Sample, Video
+from motionloom.evals.encoders import Encoder, unit
+from motionloom.evals.figures import Report, Target, summarise
+
+PROTOCOL = "seam-v1"
+TARGETS = {
+    "seam ratio": Target(1.5, least=False),
+    "seam ratio to real": Target(1.5, least=False),
+    "keeps color": Target(0.95),
+    "keeps shape": Target(0.95),
+    "motion goes on": Target(0.85),
+}
+STILL = 0.1  # levels: the least usual difference, so that a seam in a still clip counts
+READABLE = 2 / 3  # of the clip must have been made for its motion to be read from that part alone
+SPAN = 4  # frames on either side from which a velocity is taken
+STRAIGHT = ("left", "right", "up", "down", "still")  # motions whose velocity never changes
+IDENTITY = ("color", "shape", "size")
+
+
+def joints(given_P: NDArray[np.bool_]) -> tuple[int, ...]:
+    """Where given frames (True) meet made ones."""
+    return tuple(int(at) + 1 for at in np.flatnonzero(np.diff(given_P.astype(np.int8))))
+
+
+def frame_differences(video_PHW3: Video) -> NDArray[np.float64]:
+    """(P - 1,) mean absolute change from each frame to the next, in levels of 255."""
+    video = video_PHW3.astype(np.int16)
+    return np.abs(np.diff(video, axis=0)).mean(axis=(1, 2, 3))
+
+
+def typical_difference(videos: Sequence[Video]) -> float:
+    """Of real clips: mean over clips of their mean frame difference."""
+    return float(np.mean([frame_differences(video).mean() for video in videos]))
+
+
+def seam_ratio(video_PHW3: Video, at: Sequence[int], typical: float | None = None) -> float:
+    """Mean frame difference across the joints ``at``, over the ``typical`` one.
+
+    Args:
+        typical: in levels; None takes the clip's own mean over all other steps.
+    """
+    change = frame_differences(video_PHW3)
+    steps = [joint - 1 for joint in at]
+    if typical is None:
+        others = np.delete(change, steps)
+        typical = float(others.mean()) if len(others) else 0.0
+    return float(change[steps].mean() / max(typical, STILL))
+
+
+def velocity_change(track: Track, joint: int, span: int = SPAN) -> float | None:
+    """|after - before| / max(|before|, |after|) of an object's velocity: 0 goes on, 1 stops or starts, 2
+    turns back. None where either side has fewer than three frames, or nothing moves.
+    """
+    speeds = []
+    for part in (slice(max(0, joint - span), joint), slice(joint, joint + span)):
+        seen = track.radius_F[part] > 0
+        if seen.sum() < 3:
+            return None
+        time = np.flatnonzero(seen)
+        path = np.stack([track.x_F[part][seen], track.y_F[part][seen]], 1)
+        speeds.append(np.polyfit(time, path, 1)[0])
+    before, after = speeds
+    largest = max(float(np.hypot(*before)), float(np.hypot(*after)))
+    return float(np.hypot(*(after - before))) / largest if largest > LEAST_SPEED else None
+
+
+LEAST_SPEED = 0.004  # of the frame's shorter side, per frame: slower is standing still
+BLOCK, REACH, SIDE = 8, 6, 96  # of block matching, in pixels of the scaled picture
+
+
+def block_motion(earlier_HW3: Video, later_HW3: Video) -> NDArray[np.float64]:
+    """Mean displacement (right, down) between two frames in pixels, by matching blocks.
+
+    Blocks count by their texture. No network: for clips whose objects no oracle knows. Displacements beyond
+    6 / 96 of the longer side are
+    not found. The best shift is refined by a parabola through its neighbours' costs.
+    """
+    scale = max(1.0, max(earlier_HW3.shape[:2]) / SIDE)
+    first, second = (_grey(frame, scale) for frame in (earlier_HW3, later_HW3))
+    rows, columns = first.shape[0] // BLOCK, first.shape[1] // BLOCK
+    first, second = (part[: rows * BLOCK, : columns * BLOCK] for part in (first, second))
+    padded = np.pad(second, REACH, mode="edge")
+    width = 2 * REACH + 1
+    cost = np.empty((width, width, rows, columns))
+    for down, right in np.ndindex(width, width):
+        shifted = padded[down : down + first.shape[0], right : right + first.shape[1]]
+        cost[down, right] = _by_block(np.abs(shifted - first), rows, columns)
+    texture = _by_block(_gradient(first), rows, columns)
+    if texture.sum() < 1e-6:
+        return np.zeros(2)
+    moves = np.array([[_best(cost[:, :, i, j]) for j in range(columns)] for i in range(rows)])
+    return scale * (moves * texture[..., None]).sum((0, 1)) / texture.sum()
+
+
+def _grey(frame_HW3: Video, scale: float) -> NDArray[np.float64]:
+    from PIL import Image
+
+    size = (max(BLOCK, round(frame_HW3.shape[1] / scale)), max(BLOCK, round(frame_HW3.shape[0] / scale)))
+    picture = Image.fromarray(frame_HW3).resize(size, Image.Resampling.BOX)
+    return np.asarray(picture, np.float64).mean(-1)
+
+
+def _gradient(image_HW: NDArray[np.float64]) -> NDArray[np.float64]:
+    down, right = np.gradient(image_HW)
+    return np.asarray(down**2 + right**2)
+
+
+def _by_block(image_HW: NDArray[np.float64], rows: int, columns: int) -> NDArray[np.float64]:
+    return image_HW.reshape(rows, BLOCK, columns, BLOCK).mean(axis=(1, 3))
+
+
+def _best(cost_DR: NDArray[np.float64]) -> tuple[float, float]:
+    """(right, down) of least cost, ties to the smallest shift."""
+    center = cost_DR[REACH, REACH]
+    if center <= cost_DR.min() + 1e-9:
+        return 0.0, 0.0
+    down, right = np.unravel_index(int(cost_DR.argmin()), cost_DR.shape)
+    return (
+        right - REACH + _parabola(cost_DR[down], int(right)),
+        down - REACH + _parabola(cost_DR[:, right], int(down)),
+    )
+
+
+def _parabola(cost: NDArray[np.float64], at: int) -> float:
+    if not 0 < at < len(cost) - 1:
+        return 0.0
+    before, here, after = cost[at - 1 : at + 2]
+    bend = before - 2 * here + after
+    return float(np.clip(0.5 * (before - after) / bend, -0.5, 0.5)) if bend > 1e-9 else 0.0
+
+
+def flow_change(video_PHW3: Video, joint: int, span: int = 3) -> float | None:
+    """As `velocity_change`, of the whole picture's motion by block matching, in a clip of any content.
+
+    None where either side has no two frames, or the picture moves by less than a tenth of a pixel.
+    """
+    first, last = max(0, joint - 1 - span), min(len(video_PHW3) - 1, joint + span)
+    if first == joint - 1 or last == joint:
+        return None
+    before = block_motion(video_PHW3[first], video_PHW3[joint - 1]) / (joint - 1 - first)
+    after = block_motion(video_PHW3[joint], video_PHW3[last]) / (last - joint)
+    largest = max(float(np.hypot(*before)), float(np.hypot(*after)))
+    return float(np.hypot(*(after - before))) / largest if largest > 0.1 else None
+
+
+def identity_cosine(video_PHW3: Video, given_P: NDArray[np.bool_], encoder: Encoder) -> float:
+    """Cosine of the given frames' mean embedding with the made frames'."""
+    vectors = encoder.embed(video_PHW3)
+    sides = unit(np.stack([vectors[given_P].mean(0), vectors[~given_P].mean(0)]))
+    return float(sides[0] @ sides[1])
+
+
+@dataclass(frozen=True)
+class ObjectSeam:
+    """What the oracle says of a joint: attributes that stayed, and whether the asked motion goes on."""
+
+    keeps: dict[str, bool]
+    motion: bool
+    velocity_change: float | None
+    """Mean over joints; None for motions that turn by themselves."""
+
+
+def object_seam(video_PHW3: Video, given_P: NDArray[np.bool_], wanted: Facts, world: World) -> ObjectSeam:
+    """Oracle on either side of the joints, for a clip of one scene with one object.
+
+    An attribute is kept when the made frames show what the given ones show; where the given ones show nothing
+    readable, what was asked. The motion is read from the made frames, or from all when they are few.
+    """
+    asked = wanted.objects[0]
+    before = _seen(video_PHW3[given_P], world) or asked
+    after = _seen(video_PHW3[~given_P], world)
+    keeps = {name: after is not None and getattr(after, name) == getattr(before, name) for name in IDENTITY}
+    made = ~given_P
+    enough = made.mean() >= READABLE and len(joints(given_P)) == 1
+    motion = adherence(oracle(video_PHW3[made] if enough else video_PHW3, world), wanted)["motion"]
+    whole = oracle(video_PHW3, world)
+    straight = asked.motion in STRAIGHT and whole.objects
+    changes = (
+        [velocity_change(whole.objects[0].track, joint) for joint in joints(given_P)] if straight else []
+    )
+    return ObjectSeam(keeps, motion, _mean(changes))
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def _seen(video_PHW3: Video, world: World) -> Attributes | None:
+    """The foremost object; a few frames are shown twice, as the oracle asks for more than one."""
+    if len(video_PHW3) < 2:
+        video_PHW3 = np.repeat(video_PHW3, 2, axis=0)
+    objects = oracle(video_PHW3, world).objects
+    return objects[0].attributes if objects else None
+
+
+def judge_seams(
+    samples: Sequence[Sample],
+    encoder: Encoder,
+    world: World | None = None,
+    real: Sequence[Video] = (),
+) -> Report:
+    """Every clip in which whole frames were given and whole frames were made.
+
+    Args:
+        world: where the clips are ShapeWorld's, for the oracle.
+        real: clips whose frame difference is the measure.
+    """
+    typical = typical_difference(real) if real else None
+    rows = [_row(sample, encoder, world, typical) for sample in samples]
+    oracle_names = (*TARGETS, "keeps size", "velocity change")
+    encoders = {"": "pixels", "identity cosine": encoder.name, "flow change": "block-matching-v1"}
+    encoders |= {name: "oracle" for name in oracle_names if not name.startswith("seam")}
+    names, groups = zip(*((sample.name, sample.asked.prompt) for sample in samples), strict=True)
+    return summarise("seam", PROTOCOL, names, rows, encoders, targets=TARGETS, groups=groups)
+
+
+def _row(
+    sample: Sample, encoder: Encoder, world: World | None, typical: float | None
+) -> dict[str, float | None]:
+    given = sample.given_P
+    at = joints(given)
+    if not at:
+        return {}
+    video = sample.video_PHW3
+    row: dict[str, float | None] = {"seam ratio": seam_ratio(video, at)}
+    if typical is not None:
+        row["seam ratio to real"] = seam_ratio(video, at, typical)
+    facts = sample.asked.facts
+    if world is not None and facts is not None and len(facts) == 1:
+        seam = object_seam(video, given, facts[0], world)
+        row |= {f"keeps {name}": float(kept) for name, kept in seam.keeps.items()}
+        row |= {"motion goes on": float(seam.motion), "velocity change": seam.velocity_change}
+    return row | {
+        "flow change": _mean([flow_change(video, joint) for joint in at]),
+        "identity cosine": identity_cosine(video, given, encoder),
+    }
