@@ -34,12 +34,16 @@ from motionloom.plans import (
     spatial_window,
 )
 from motionloom.plans.lower import _kept, lower
-from motionloom.plans.stream import MODALITIES
+from motionloom.plans.stream import MODALITIES, join_attributes
 from motionloom.plans.visibility import (
+    GLOBAL,
     SameSample,
     TeacherForcing,
+    cinetrans,
+    reference_captions,
     same_scene_or_both_video,
     scene_summaries,
+    separate_references,
 )
 from motionloom.rng import torch_generator
 from test_backbones import build, sample
@@ -64,6 +68,14 @@ VISIBILITIES: dict[str, Visibility] = {
     "windows and summaries": spatial_window(2) & scene_summaries,
     "packed mask 1": same_scene_or_both_video & SameSample(),
     "packed windows": spatial_window(2, shift=1) & SameSample(),
+    "same scene, global": same_scene,
+    "mask 1, global": same_scene_or_both_video,
+    "summaries, global": scene_summaries,
+    "packed mask 1, global": same_scene_or_both_video & SameSample(),
+    "cinetrans": cinetrans,
+    "cinetrans inside, global": cinetrans.in_layer(15, 30),
+    "references": full & separate_references & reference_captions,
+    "mask 1, references, global": same_scene_or_both_video & separate_references & reference_captions,
 }
 
 
@@ -94,7 +106,15 @@ def tokens(frames=(3, 2, 2), rows=3, columns=5, words=3, chunk=2, context=False,
 
 
 def attributes_for(name: str) -> Attributes:
-    return tokens(context="teacher" in name, samples=2 if "packed" in name else 1)
+    a = tokens(context="teacher" in name, samples=2 if "packed" in name else 1)
+    if "global" in name:
+        # Of each sample's words, the last two.
+        last = ((a.scene_BN == 2) & (a.modality_BN == MODALITIES.index("text"))).nonzero()[:, 1]
+        a.scene_BN[:, last.unflatten(0, (-1, 3))[:, 1:].flatten()] = GLOBAL
+    if "references" in name:
+        beside = tokens(frames=(1, 2), rows=2, columns=3, words=2)
+        a = join_attributes([replace(beside, context_BN=torch.ones_like(beside.context_BN)), a])
+    return a
 
 
 def padding(a: Attributes) -> Tensor:

@@ -9,14 +9,13 @@ import torch
 import torch._dynamo.testing
 from torch import Tensor, nn
 
+from laid import EXPAND, FIRST_FRAME, lay, noised, read_video
 from motionloom.backbones import BACKBONES, build_backbone
 from motionloom.backbones.factorized import Block
 from motionloom.config.recipe import ModelConfig
-from motionloom.flow import LINEAR
 from motionloom.nn.windows import window_side
 from motionloom.plans import (
     Chunks,
-    FirstFrame,
     Geometry,
     Layout,
     Plan,
@@ -27,17 +26,15 @@ from motionloom.plans import (
     Visibility,
     dense_mask,
     full,
-    read_video,
     spatial_window,
-    to_streams,
 )
 from motionloom.rng import torch_generator
 
 CHANNELS, TEXT_DIM, WORDS = 4, 5, 3
 PLANS: dict[str, Plan] = {
     "text_to_video": TextToVideo(),
-    "first_frame": FirstFrame(1.0),
-    "scenes": Scenes(1.0),
+    "first_frame": FIRST_FRAME,
+    "scenes": Scenes(EXPAND),
     "diffusion forcing": Chunks(2),
     "teacher forcing": Chunks(2, window=2, sinks=1, forcing="teacher"),
 }
@@ -59,15 +56,11 @@ class Sample:
     given: Tensor | None = None
 
     def layout(self, plan: Plan) -> Layout:
-        given = self.given
-        if given is None:
-            given = plan.draw_given(self.geometry, torch_generator("given"))
-        return plan.layout(self.geometry, self.text, given)
+        return lay(plan, self.geometry, self.text, self.given)
 
     def streams(self, plan: Plan) -> tuple[Layout, Streams]:
         layout = self.layout(plan)
-        levels = layout.levels(self.sigma[:, : layout.num_draws])
-        return layout, to_streams(layout, self.clean, self.noise, levels, self.text, LINEAR.mix)
+        return layout, noised(layout, self.clean, self.noise, self.sigma, self.text)
 
     def run(self, model: nn.Module, plan: Plan) -> Tensor:
         """The prediction for the clip, (B, F, S, C)."""
@@ -93,7 +86,12 @@ def sample(
     valid[0, -1] = False
     return Sample(
         geometry=Geometry(
-            (frames, rows, columns), torch.arange(frames)[None] / 8.0, (8.0, 8.0), scene_F[None], batch
+            (frames, rows, columns),
+            torch.arange(frames)[None] / 8.0,
+            (8.0, 8.0),
+            scene_F[None],
+            batch,
+            scenes=len(scene_frames),
         ),
         text=Text(
             draw(batch, words, TEXT_DIM),
@@ -207,7 +205,7 @@ def test_bf16_autocast_follows_float32(kind):
 
 @every_backbone
 def test_bf16_weights_run_too(kind):
-    out = sample().run(build(kind).bfloat16(), FirstFrame(1.0))
+    out = sample().run(build(kind).bfloat16(), FIRST_FRAME)
     assert out.isfinite().all()
 
 
@@ -681,7 +679,7 @@ def test_compiled_blocks_train_like_eager_ones(kind):
             for block in model.blocks():
                 block.compile(fullgraph=True)
         with torch.autocast("cpu", torch.bfloat16):
-            out = clip.run(model, FirstFrame(1.0))
+            out = clip.run(model, FIRST_FRAME)
         out.square().mean().backward()
         found.append((out, torch.cat([p.grad.flatten() for p in model.parameters()])))
     for eager, fast in zip(*found, strict=True):

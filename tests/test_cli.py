@@ -40,6 +40,7 @@ COMMANDS = (
     "inspect",
     "doctor",
     "convert",
+    "judge",
 )
 """In the order in which their examples build on one another."""
 
@@ -279,7 +280,7 @@ def test_a_first_frame_is_given_on_the_command_line(workshop: dict[str, Answer])
     train = ("first_frame", "--cache", "caches/17", *TINY, "train.max_steps=1")
     assert call("train", *train).code == 0
     Image.new("RGB", (90, 90), (226, 50, 48)).save("red.png")
-    given = ("--first-frame", "red.png", "--steps", "2", "--format", "webp", "--out", "given", "--json")
+    given = ("--image", "red.png", "--steps", "2", "--format", "webp", "--out", "given", "--json")
     answer = call("generate", "runs/first_frame", "--prompt", "red", *given)
     assert answer.code == 0, answer.err
     with Image.open(answer.value["clips"][0]) as clip:
@@ -382,11 +383,10 @@ MISTAKES = [
     ("generate runs/mine --prompt a --out x --size wide", "for instance 64x96"),
     ("generate runs/mine --prompt a --out x --size 33", "use 32 or 40"),
     ("generate runs/mine --prompt a --out x --frames 7", "use 4 or 8"),
-    ("generate runs/mine --prompt a --out x --format avi", "choose one of mp4"),
-    ("generate runs/mine --prompt a --out x --solver magic", "choose one of euler"),
+    ("generate runs/mine --prompt a --out x --format avi", "expected mp4, webm"),
+    ("generate runs/mine --prompt a --out x --solver magic", "expected euler, heun"),
     ("generate runs/mine --prompt a --out x --device nosuch", "--device nosuch: cannot be used here"),
-    ("generate runs/mine --prompt a --out x --first-frame nowhere.png", "nowhere.png"),
-    ("generate runs/mine --prompt a --out x --first-frame my_clips/waves.mp4", "plan is text_to_video"),
+    ("generate runs/mine --prompt a --out x --image nowhere.png", "nowhere.png"),
     ("inspect empty", "empty holds no whole checkpoint"),
     ("inspect runs/mine model.depth=2", "key=value is for recipes"),
     ("inspect foreign.pt", "foreign.pt"),
@@ -463,7 +463,7 @@ def test_an_interrupted_command_says_what_is_kept(
 def test_wrong_usage_is_explained_to_people() -> None:
     answer = call("generate", "runs/mine")
     assert (answer.code, answer.out) == (2, "")
-    assert "Missing option '--prompt'" in answer.err
+    assert "Missing option '--out'" in answer.err
     assert "--help" in answer.err
 
 

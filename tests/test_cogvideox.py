@@ -10,6 +10,7 @@ import torch
 import torch._dynamo.testing
 from torch import Tensor, nn
 
+from laid import EXPAND, FIRST_FRAME, lay, noised, read_video, video
 from motionloom.backbones import cogvideox
 from motionloom.backbones.cogvideox import ORIGINAL_KEYS, PRESETS, CogVideoX, CogVideoXSizes
 from motionloom.backbones.cogvideox_sizes import SHIFTED_SCHEDULE, V1_SCHEDULE, schedule_from_diffusers
@@ -17,21 +18,19 @@ from motionloom.backbones.prediction import Predictor
 from motionloom.config.recipe import Recipe
 from motionloom.errors import UserError
 from motionloom.flow import LINEAR, SOLVERS, DiscretePrediction, DiscreteSchedule, state_norm
-from motionloom.generate import Sampling, rollout
+from motionloom.generate import Sampling, Task, rollout
 from motionloom.methods.objective import objective
 from motionloom.nn.attention import Pattern, prepare_mask
 from motionloom.nn.patching import patchify, unpatchify
 from motionloom.plans import (
     Chunks,
-    FirstFrame,
     Geometry,
+    Sample,
     Scenes,
     Text,
     TextToVideo,
     dense_mask,
     full,
-    read_video,
-    to_streams,
 )
 from motionloom.plans.packing import pack
 from motionloom.rng import torch_generator
@@ -112,24 +111,21 @@ class Clip:
         self.tokens = tuple(n // p for n, p in zip(grid, sizes.patch, strict=True))
         scene_F = torch.arange(scenes).repeat_interleave(self.tokens[0] // scenes)
         seconds = torch.arange(self.tokens[0])[None] / 4.0
-        self.geometry = Geometry(self.tokens, seconds, (16.0, 16.0), scene_F[None], batch)
+        self.geometry = Geometry(self.tokens, seconds, (16.0, 16.0), scene_F[None], batch, scenes=scenes)
         self.scene_L = torch.arange(scenes).repeat_interleave(words)[None]
         self.sigma = torch.rand(batch, 8, generator=generator) * 0.9 + 0.05
 
     def layout(self, plan, given=None):
         text = Text(self.text, torch.ones(self.text.shape[:2], dtype=torch.bool), self.scene_L)
-        if given is None:
-            given = plan.draw_given(self.geometry, torch_generator("given"))
-        return plan.layout(self.geometry, text, given), text
+        return lay(plan, self.geometry, text, given), text
 
     def streams(self, plan, given=None, sigma: Tensor | None = None):
         layout, text = self.layout(plan, given)
-        sigma = self.sigma[:, : layout.num_draws] if sigma is None else sigma
         clean, noise = (patchify(x, self.sizes.patch) for x in (self.clean, self.noise))
-        streams = to_streams(layout, clean, noise, layout.levels(sigma), text, LINEAR.mix)
+        streams = noised(layout, clean, noise, self.sigma if sigma is None else sigma, text)
         streams = {**streams, "text": replace(streams["text"], valid_BN=None)}
         if self.extra is not None:
-            extra = patchify(self.extra, self.sizes.patch)[:, layout.frame_T].flatten(1, 2)
+            extra = patchify(self.extra, self.sizes.patch)[:, video(layout).frame_T].flatten(1, 2)
             streams["video"] = replace(streams["video"], extra_BNC=extra)
         return layout, streams
 
@@ -466,12 +462,12 @@ def test_equal_levels_per_token_are_one_level(kind):
     sigma = clip.sigma[:, :1]
     plan = Chunks(1)
     layout, _ = clip.layout(plan)
-    _, streams = clip.streams(plan, sigma=sigma.expand(-1, layout.num_draws))
+    _, streams = clip.streams(plan, sigma=sigma.expand(-1, video(layout).num_draws))
     assert streams["video"].sigma_BK.shape[1] > 1
-    streams["text"] = replace(streams["text"], level_BN=torch.full_like(clip.scene_L, layout.draws.index(0)))
+    streams["text"] = replace(streams["text"], level_BN=torch.zeros_like(clip.scene_L))
     several = model(streams, full)["video"]
     assert relative(several, clip.run(model, TextToVideo(), sigma=sigma).flatten(1, 2)) < 1e-5
-    streams["video"] = replace(streams["video"], sigma_BK=changed(streams["video"].sigma_BK, 0, -1))
+    streams["video"] = replace(streams["video"], sigma_BK=changed(streams["video"].sigma_BK, 0, -2))
     assert relative(model(streams, full)["video"], several) > 1e-3
 
 
@@ -512,19 +508,19 @@ def test_given_scenes_are_clean_and_at_level_zero():
     given = (clip.geometry.scene_BF == 0).expand(2, -1)
     levels: list[Tensor] = []
     model.time_embedding.register_forward_pre_hook(lambda module, args: levels.append(args[0]))
-    _, streams = clip.streams(Scenes(1.0), given)
+    _, streams = clip.streams(Scenes(EXPAND), given)
     video, text = streams["video"], streams["text"]
     clean = patchify(clip.clean, TINY.patch)
     assert torch.equal(video.x_BNC.unflatten(1, (4, -1))[:, :2], clean[:, :2])
-    before = clip.run(model, Scenes(1.0), given)
+    before = clip.run(model, Scenes(EXPAND), given)
     t_text, t_video = levels
     assert (t_text.gather(1, text.level_BN.expand(2, -1))[:, :WORDS] == 0).all()
     assert (t_video.gather(1, video.level_BN.expand(2, -1)).unflatten(1, (4, -1))[:, :2] == 0).all()
     assert (t_text.gather(1, text.level_BN.expand(2, -1))[:, WORDS:] > 0).all()
     clip.noise = changed(clip.noise, slice(None), slice(0, 2))
-    assert torch.equal(clip.run(model, Scenes(1.0), given)[:, 2:], before[:, 2:])
+    assert torch.equal(clip.run(model, Scenes(EXPAND), given)[:, 2:], before[:, 2:])
     clip.clean = changed(clip.clean, slice(None), slice(0, 2))
-    assert not torch.equal(clip.run(model, Scenes(1.0), given)[:, 2:], before[:, 2:])
+    assert not torch.equal(clip.run(model, Scenes(EXPAND), given)[:, 2:], before[:, 2:])
 
 
 def test_causal_chunks_do_not_see_the_future():
@@ -538,7 +534,7 @@ def test_causal_chunks_do_not_see_the_future():
 
 
 @pytest.mark.parametrize(
-    "plan, frames", [(Scenes(1.0), 6), (Chunks(2, window=1, sinks=1, forcing="teacher"), 4)]
+    "plan, frames", [(Scenes(EXPAND), 6), (Chunks(2, window=1, sinks=1, forcing="teacher"), 4)]
 )
 def test_every_way_to_attend_equals_a_dense_mask(plan, frames, monkeypatch):
     """Forward and gradients in float64, at a size where structure is used."""
@@ -569,7 +565,7 @@ def test_padding_in_the_text_has_no_influence_when_it_is_marked():
     model, clip = build(TINY), Clip(TINY)
     found = []
     for _ in range(2):
-        layout, streams = clip.streams(FirstFrame(1.0))
+        layout, streams = clip.streams(FIRST_FRAME)
         valid = torch.ones(2, WORDS, dtype=torch.bool)
         valid[0, 5:] = False
         streams["text"] = replace(streams["text"], valid_BN=valid)
@@ -585,7 +581,7 @@ def test_a_packed_row_of_several_sizes_equals_its_samples(kind):
     model = build(sizes).double()
     samples = []
     for grid in ((2, 8, 12), (4, 4, 20), (2, 2, 12)):
-        layout, streams = Clip(sizes, grid, batch=1).streams(FirstFrame(1.0))
+        layout, streams = Clip(sizes, grid, batch=1).streams(FIRST_FRAME)
         samples.append({name: replace(s, x_BNC=s.x_BNC.double()) for name, s in streams.items()})
     alone = [model(streams, layout.visibility)["video"] for streams in samples]
     packed = pack(samples, layout.visibility)
@@ -641,13 +637,13 @@ def test_recomputed_blocks_have_the_same_gradients():
     clip, found = Clip(TINY), []
     for again in (False, True):
         model = build(TINY, checkpoint_blocks=again)
-        clip.run(model, FirstFrame(1.0)).square().mean().backward()
+        clip.run(model, FIRST_FRAME).square().mean().backward()
         found.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
     assert torch.equal(*found)
 
 
 @pytest.mark.parametrize(
-    "kind, plan", [("2b", TextToVideo()), ("5b", Scenes(1.0)), ("1.5-i2v", FirstFrame(1.0))]
+    "kind, plan", [("2b", TextToVideo()), ("5b", Scenes(EXPAND)), ("1.5-i2v", FIRST_FRAME)]
 )
 def test_blocks_compile_without_a_graph_break(kind, plan):
     sizes = KINDS[kind]
@@ -663,12 +659,12 @@ def test_blocks_compile_without_a_graph_break(kind, plan):
 
 def test_bf16_autocast_follows_float32():
     model, clip = build(TINY), Clip(TINY)
-    exact = clip.run(model, FirstFrame(1.0))
+    exact = clip.run(model, FIRST_FRAME)
     with torch.autocast("cpu", torch.bfloat16):
-        rough = clip.run(model, FirstFrame(1.0))
+        rough = clip.run(model, FIRST_FRAME)
     assert rough.dtype == torch.float32
     assert 1e-5 < relative(rough, exact) < 0.03
-    assert clip.run(model.bfloat16(), FirstFrame(1.0)).isfinite().all()
+    assert clip.run(model.bfloat16(), FIRST_FRAME).isfinite().all()
 
 
 # --- its own noise levels, in sampling and in training ------------------------------------------------------
@@ -684,7 +680,8 @@ def test_rollouts_visit_trained_levels_only(solver, end):
     _, text = clip.layout(TextToVideo())
     noise = patchify(clip.noise, TINY.patch)
     sampling = Sampling(solver=solver, steps=5, shift=7.0)
-    made = rollout(Predictor(model), TextToVideo(), clip.geometry, text, noise, sampling)
+    task = Task(Sample({"video": clip.geometry}), text, {"video": noise})
+    made = rollout(Predictor(model), TextToVideo(), task, sampling)["video"]
     assert made.isfinite().all()
     visited = sorted({round(t, 2) for t_BK in asked for t in t_BK.flatten().tolist()})
     assert visited == [*end, 199.0, 399.0, 599.0, 799.0, 999.0]

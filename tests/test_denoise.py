@@ -11,23 +11,36 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from laid import FIRST_FRAME
 from motionloom.backbones import build_backbone
 from motionloom.backbones.prediction import Predictor
+from motionloom.config.conditions import FirstFrame, Scene
 from motionloom.config.recipe import ModelConfig, Recipe
-from motionloom.data.batch import Batch
+from motionloom.data.batch import Batch, move_tensors
 from motionloom.errors import UserError
 from motionloom.flow import LINEAR, PATHS, DiscreteSchedule, from_pair
 from motionloom.methods import METHODS, Denoise
 from motionloom.methods.objective import objective
-from motionloom.plans import PLANS, Chunks, FirstFrame, Plan, Scenes, Streams, Text, TextToVideo, Visibility
+from motionloom.plans import (
+    PLANS,
+    Chunks,
+    Conditions,
+    Given,
+    Plan,
+    Scenes,
+    Streams,
+    Text,
+    TextToVideo,
+    Visibility,
+    exactly,
+)
+from motionloom.plans import Sample as Laid
 from motionloom.plans.geometry import token_geometry
 from motionloom.text import lay_scenes
 from motionloom.text.hash import HashEncoder
-from motionloom.tokenizers.base import TokenizerSpec
 from motionloom.train import StepContext
 from toy_training import CHANNELS, FRAMES, WORDS, ToyBackbone, metrics, toy_batch, toy_recipe, toy_trainer
 
-SPEC = TokenizerSpec(CHANNELS, 8, 4)
 CONTEXT = StepContext(0, 5, 0, 0, torch.device("cpu"), "denoise")
 
 
@@ -72,7 +85,7 @@ def denoise(
     backbone: nn.Module, plan: Plan | None = None, recipe: Recipe | None = None, **train: Any
 ) -> Denoise:
     recipe = recipe or toy_recipe(**{"cfg_dropout_prob": 0.0, **train})
-    return Denoise(recipe, backbone, plan or TextToVideo(), SPEC)  # type: ignore[arg-type]
+    return Denoise(recipe, backbone, plan or TextToVideo())  # type: ignore[arg-type]
 
 
 def linear_in(x_BNC: Tensor, time_BN: Tensor) -> Tensor:
@@ -187,7 +200,7 @@ def test_drawn_sigmas_follow_the_recipe() -> None:
 def test_given_frames_go_in_bit_identical_and_count_nothing() -> None:
     batch = embedded(toy_batch(8))
     backbone = Answer(lambda s: s["video"].x_BNC * 1e3 * (s["video"].sigma_BN == 0)[..., None])
-    losses = denoise(backbone, FirstFrame(probability=0.5)).losses(batch, CONTEXT)
+    losses = denoise(backbone, TextToVideo(Conditions((FirstFrame(probability=0.5),)))).losses(batch, CONTEXT)
     video = backbone.fed[0]["video"]
     given_B = video.sigma_BN[:, 0] == 0
     assert 0 < given_B.sum() < 8
@@ -200,17 +213,17 @@ def test_given_frames_go_in_bit_identical_and_count_nothing() -> None:
 
 def test_a_fully_given_sample_has_loss_zero_and_is_counted() -> None:
     @dataclass(frozen=True)
-    class AllGivenInTheFirst(FirstFrame):
-        def draw_given(self, geometry: Any, generator: torch.Generator) -> Tensor:
-            given_BF = torch.zeros(geometry.batch, geometry.grid[0], dtype=torch.bool)
-            given_BF[0] = True
-            return given_BF
+    class AllOfTheFirst(Conditions):
+        def draw(self, sample: Laid, generator: torch.Generator) -> Given:
+            given_BN = torch.zeros(sample.batch, sample.main.tokens, dtype=torch.bool)
+            given_BN[0] = True
+            return Given({"video": exactly(given_BN)})
 
     backbone = Answer(lambda s: torch.ones_like(s["video"].x_BNC))
-    losses = denoise(backbone, AllGivenInTheFirst()).losses(embedded(toy_batch(4)), CONTEXT)
+    losses = denoise(backbone, TextToVideo(AllOfTheFirst())).losses(embedded(toy_batch(4)), CONTEXT)
     assert losses.loss_B[0] == 0
     assert (losses.loss_B[1:] > 0.1).all()
-    assert losses.logs["fully_given"] == 0.25
+    assert losses.logs["nothing_to_learn"] == 0.25
     assert losses.sigma_B is not None
     assert losses.sigma_B[0] < 0
 
@@ -221,7 +234,8 @@ def two_scenes(size: int) -> Batch:
     scene_BF = torch.arange(FRAMES).repeat(size, 1)
     scene_BF[-1] = 0
     captions = [["first scene", "second"] for _ in range(size - 1)] + [["only one"]]
-    return replace(batch, scene_BF=scene_BF, captions=captions)
+    video = replace(batch.video, scene_BF=scene_BF)
+    return replace(batch, latents={"video": video}, captions=captions)
 
 
 def test_a_dropped_caption_is_empty_in_all_scenes_of_its_sample() -> None:
@@ -251,7 +265,7 @@ def test_a_trained_encoder_drops_alike_and_learns() -> None:
 
     encoder.encode = listen  # type: ignore[method-assign]
     recipe = toy_recipe(cfg_dropout_prob=0.4)
-    method = Denoise(recipe, ToyBackbone(), Scenes(), SPEC, encoder)
+    method = Denoise(recipe, ToyBackbone(), Scenes(), encoder)
     batch = two_scenes(32)
     method.losses(batch, CONTEXT).loss_B.mean().backward()
     cached = Answer(lambda s: s["video"].x_BNC)
@@ -288,7 +302,7 @@ def test_predictor_converts_each_token_at_its_own_level() -> None:
     """With the first frame clean and the second noisy, both halves come back finite and right."""
     batch = embedded(toy_batch(8))
     backbone = Answer(lambda s: batch.video.x_BFHWC.flatten(1, 3))
-    denoise(backbone, FirstFrame(probability=1.0)).losses(batch, CONTEXT)
+    denoise(backbone, FIRST_FRAME).losses(batch, CONTEXT)
     streams = backbone.fed[0]
     velocity_BNC = Predictor(backbone, "clean", LINEAR).velocity(streams, TextToVideo)["video"]  # type: ignore[arg-type]
     assert velocity_BNC.isfinite().all()
@@ -298,7 +312,7 @@ def test_predictor_converts_each_token_at_its_own_level() -> None:
 
 
 @pytest.mark.parametrize("model", ["factorized", "joint"])
-@pytest.mark.parametrize("plan", [*PLANS, "teacher"])
+@pytest.mark.parametrize("plan", [*PLANS, "first_frame", "teacher"])
 def test_every_backbone_learns_under_every_plan(model: Any, plan: str) -> None:
     """One step along the gradient lowers the loss of the same draws."""
     config = ModelConfig(
@@ -309,9 +323,16 @@ def test_every_backbone_learns_under_every_plan(model: Any, plan: str) -> None:
     with torch.no_grad():
         for p in backbone.parameters():
             p.add_(0.1 * torch.randn(p.shape))
-    chosen = Chunks(frames=1, forcing="teacher") if plan == "teacher" else PLANS[plan]()
+    conditions = Conditions((FirstFrame(probability=0.5), Scene(probability=0.5)), "one")
+    chosen = {
+        "text_to_video": TextToVideo(),
+        "first_frame": FIRST_FRAME,
+        "scenes": Scenes(conditions),
+        "chunks": Chunks(conditions=conditions),
+        "teacher": Chunks(frames=1, forcing="teacher", conditions=conditions),
+    }[plan]
     recipe = toy_recipe(cfg_dropout_prob=0.2, model__dropout=0.1, weight_decay=0.0)
-    method = Denoise(recipe, backbone, chosen, SPEC)
+    method = Denoise(recipe, backbone, chosen)
     batch, optimizer = embedded(two_scenes(4)), method.optimizers()["denoise"]
     backbone.train()
     losses = method.losses(batch, CONTEXT)
@@ -336,7 +357,7 @@ def test_one_sample_is_learnt_by_heart(tmp_path: Path) -> None:
                 ids=batch.ids * 16,
                 captions=batch.captions * 16,
                 latents={"video": batch.video.map(lambda t: t.expand(16, *t.shape[1:]))},
-                text=Text(*(t.expand(16, *t.shape[1:]) for t in vars(batch.text).values())),
+                text=move_tensors(batch.text, lambda t: t.expand(16, *t.shape[1:])),
             )
             while True:
                 yield many
@@ -349,7 +370,7 @@ def test_one_sample_is_learnt_by_heart(tmp_path: Path) -> None:
         weight_decay=0.0,
         flow_matching__t_min=0.1,
     )
-    method = Denoise(recipe, backbone, TextToVideo(), SPEC)
+    method = Denoise(recipe, backbone, TextToVideo())
     toy_trainer(recipe, tmp_path, method=method, loader=OneSample()).fit()
     losses = [line["loss"] for line in metrics(tmp_path)]
     assert losses[0] > 1

@@ -17,8 +17,19 @@ from motionloom.config import Recipe, load_recipe, packaged_recipes
 from motionloom.data.cache import Cache, build_cache, open_cache
 from motionloom.evals.doctor import Doctor, Finding, wake
 from motionloom.generate import Model
-from motionloom.plans import Geometry, Layout, Streams, Text, Visibility, causal_chunks, full
-from motionloom.plans.text_to_video import clip_layout
+from motionloom.plans import (
+    NOTHING,
+    Given,
+    Layout,
+    Sample,
+    Streams,
+    Text,
+    TextToVideo,
+    Track,
+    Visibility,
+    causal_chunks,
+    full,
+)
 from motionloom.tokenizers import Tokenizer
 from toy_model import BACKBONES, PLANS, altered, toy_model, toy_recipe
 
@@ -85,12 +96,15 @@ def test_every_plan_on_every_backbone_is_alive(backbone: str, plan: str) -> None
     findings = Doctor(toy_model(backbone, plan)).examine()
     assert {f.check for f in findings if f.status == "wrong"} == set()
     skipped = {f.check for f in findings if f.status == "skipped"} - {"latent scale", "cache"}
-    assert skipped == ({"given frames", "given frames are exact"} if plan == "text_to_video" else set())
+    assert skipped == set()
 
 
 def test_a_model_of_single_images_is_alive() -> None:
     images = {"tokenizer": {"first_alone": True}, "video": {"num_frames": 1}}
-    assert wrong(toy_model("factorized", "first_frame", **images)) == {}
+    findings = Doctor(toy_model("factorized", "first_frame", **images)).examine()
+    assert {f.check for f in findings if f.status == "wrong"} == set()
+    skipped = {f.check for f in findings if f.status == "skipped"} - {"latent scale", "cache"}
+    assert skipped == {"time", "given frames", "given frames are exact"}
 
 
 @pytest.mark.parametrize("prediction", ["clean", "noise"])
@@ -257,16 +271,11 @@ def test_a_window_that_is_ignored_is_found(backbone: str) -> None:
     sick(wrong(leaking), "hidden tokens", "a mask is missing")
 
 
-class Forgetful:
+class Forgetful(TextToVideo):
     """A plan that takes given frames and makes them all the same."""
 
-    knows_given = True
-
-    def draw_given(self, geometry: Geometry, generator: torch.Generator) -> Tensor:
-        raise AssertionError
-
-    def layout(self, geometry: Geometry, text: Text, given_BF: Tensor) -> Layout:
-        return clip_layout(geometry, text, None, full)
+    def layout(self, sample: Sample, text: Text, given: Given) -> Layout:
+        return super().layout(sample, text, NOTHING)
 
 
 def test_given_frames_that_are_forgotten_are_found() -> None:
@@ -274,11 +283,19 @@ def test_given_frames_that_are_forgotten_are_found() -> None:
     assert set(found) == {"given frames", "given frames are exact"}
 
 
-class Noising(Forgetful):
+class Loud(Track):
+    """Nothing is quite clean."""
+
+    def sigmas(self, sigma_BD: Tensor) -> Tensor:
+        return super().sigmas(sigma_BD) + 0.1
+
+
+class Noising(TextToVideo):
     """A plan that copies given frames but calls them noisy."""
 
-    def layout(self, geometry: Geometry, text: Text, given_BF: Tensor) -> Layout:
-        return replace(clip_layout(geometry, text, given_BF, full), draws=(0, 0))
+    def layout(self, sample: Sample, text: Text, given: Given) -> Layout:
+        layout = super().layout(sample, text, given)
+        return replace(layout, tracks={m: Loud(**vars(track)) for m, track in layout.tracks.items()})
 
 
 def test_given_frames_with_a_noise_level_are_found() -> None:

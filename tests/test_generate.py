@@ -10,21 +10,24 @@ import pytest
 import torch
 from torch import Tensor
 
+from laid import frames_given
+from motionloom.config.conditions import FirstFrame
 from motionloom.errors import UserError
 from motionloom.flow import SOLVERS, Guidance
 from motionloom.generate import (
     ClipRequest,
-    Given,
     Model,
     Sampling,
+    Source,
+    Task,
     generate_clips,
     recipe_sampling,
     rollout,
 )
-from motionloom.plans import Geometry, Streams, Visibility
+from motionloom.plans import Streams, Values, Visibility
 from motionloom.rng import torch_generator
 from motionloom.tokenizers import TokenizerSpec, scene_seconds
-from toy_model import BACKBONES, KNOWING, PLANS, altered, toy_model, toy_recipe
+from toy_model import BACKBONES, PLANS, altered, toy_model, toy_recipe
 
 PROMPTS = ("a red circle moves left", "two cats sleep", "a blue star spins")
 EACH_PLAN = pytest.mark.parametrize("plan", PLANS)
@@ -118,7 +121,7 @@ def test_advice_counts_pixel_frames_where_the_first_stands_alone(frames: int, us
     model = toy_model(model={"patch": [2, 1, 1]})
     model = replace(model, tokenizer=SimpleNamespace(spec=TokenizerSpec(6, 4, 4, first_alone=True)))
     with pytest.raises(UserError, match=rf"frames {frames} .*: use {use}$"):
-        model.geometry(frames, 16, 24, 8.0, [1], batch=1)
+        model.geometry([frames], 16, 24, 8.0, batch=1)
     for good in map(int, use.split(" or ")):
         assert model.latent_grid(good, 16, 24)[0] % 2 == 0
 
@@ -130,7 +133,7 @@ def test_shots_of_a_vae_stand_where_training_has_them() -> None:
     tokenizer = model.recipe.tokenizer.model_copy(update={"type": "wan_vae", "first_alone": True})
     recipe = model.recipe.model_copy(update={"tokenizer": tokenizer})
     model = replace(model, recipe=recipe, tokenizer=SimpleNamespace(spec=spec))
-    geometry = model.geometry(spec.pixel_frames(5), 16, 24, 8.0, [2, 3], batch=1)
+    geometry = model.geometry([3, 5], 16, 24, 8.0, batch=1)
     assert geometry.grid == (5, 4, 6)
     assert torch.equal(geometry.seconds_BF[0], scene_seconds(spec, [3, 5], 8.0))
     assert geometry.scene_BF.tolist() == [[0, 0, 1, 1, 1]]
@@ -143,7 +146,7 @@ def test_shots_of_a_vae_stand_where_training_has_them() -> None:
         ({"frames": 7}, "frames 7 .* use 6 or 8"),
         ({"height": 18}, "height 18 .* use 16 or 20"),
         ({"width": 3}, "width 3 .* use 4"),
-        ({"first_frames": torch.zeros(3, 2, 16, 24, 3, dtype=torch.uint8)}, "plan is text_to_video"),
+        ({"conditions": (FirstFrame(),), "sources": (Source(),)}, "first_frame: its source has no pixels"),
     ],
 )
 def test_requests_that_cannot_be_met_are_refused(wrong: dict[str, Any], said: str) -> None:
@@ -225,11 +228,12 @@ def test_the_recipe_says_how_to_sample_unless_the_user_does() -> None:
 # The rollout engine
 
 
-def setting(model: Model, batch: int = 2) -> tuple[Geometry, Tensor]:
-    """A clip of two scenes, and its first noise."""
-    geometry = model.geometry(8, 16, 24, 8.0, [2, 2], batch)
+def setting(model: Model, batch: int = 2) -> Task:
+    """Clips of two scenes, and their first noise."""
+    sample = model.sample([4, 4], 16, 24, 8.0, batch)
     shape = (batch, 4, 24, model.token_channels)
-    return geometry, torch.randn(shape, generator=torch_generator("generate tests"))
+    noise_BFSC = torch.randn(shape, generator=torch_generator("generate tests"))
+    return Task(sample, model.encode_text([list(PROMPTS[:2])] * batch), {"video": noise_BFSC})
 
 
 def answer(position_BN3: Tensor, channels: int) -> Tensor:
@@ -250,70 +254,69 @@ class Knowing(torch.nn.Module):
         return {"video": (video.x_BNC - clean_BNC) / sigma_BN1}
 
 
+GIVEN_BF = torch.tensor([[True, True, False, False], [True, False, False, False]])
+
+
 @pytest.mark.parametrize("given", [False, True], ids=["made", "given"])
 @EACH_PLAN
 def test_the_right_velocity_leads_to_the_right_clip(plan: str, given: bool) -> None:
     model = toy_model(plan=plan)
     model = replace(model, predictor=replace(model.predictor, backbone=Knowing()))
-    geometry, noise_BFSC = setting(model)
-    text = model.encode_text([list(PROMPTS[:2])] * 2)
-    context = None
-    if given and model.plan.knows_given:
-        given_BF = torch.tensor([[True, True, False, False], [True, False, False, False]])
-        context = Given(torch.full_like(noise_BFSC, 0.25), given_BF)
-    out = rollout(model.predictor, model.plan, geometry, text, noise_BFSC, Sampling(steps=3), given=context)
+    task = setting(model)
+    geometry = task.sample.main
+    if given:
+        values = Values({"video": torch.full_like(task.noise["video"], 0.25)})
+        task = replace(task, given=frames_given(geometry, GIVEN_BF), values=values)
+    out = rollout(model.predictor, model.plan, task, Sampling(steps=3))["video"]
     down = (torch.arange(4).repeat_interleave(6) + 0.5) * 4
     right = (torch.arange(6).repeat(4) + 0.5) * 4
     seconds = geometry.seconds_BF[0]
     position = torch.stack([seconds[:, None].expand(4, 24), down.expand(4, 24), right.expand(4, 24)], dim=-1)
     wanted = answer(position[None], model.token_channels).expand_as(out).clone()
-    if context is not None:
-        wanted[context.given_BF] = 0.25
+    if given:
+        wanted[GIVEN_BF] = 0.25
     torch.testing.assert_close(out, wanted, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("plan", KNOWING)
+@EACH_PLAN
 @EACH_BACKBONE
 def test_given_frames_stay_exact_to_the_bit(backbone: str, plan: str) -> None:
     model, heard = listening(toy_model(backbone, plan))
-    geometry, noise_BFSC = setting(model)
-    clean_BFSC = torch.randn(noise_BFSC.shape, generator=torch_generator("given"))
-    given_BF = torch.tensor([[True, True, False, False], [True, False, False, False]])
-    out_BFSC = rollout(
-        model.predictor,
-        model.plan,
-        geometry,
-        model.encode_text([list(PROMPTS[:2])] * 2),
-        noise_BFSC,
-        Sampling("heun", 3, guidance=Guidance(4.0, rescale=0.7)),
+    task = setting(model)
+    clean_BFSC = torch.randn(task.noise["video"].shape, generator=torch_generator("given"))
+    task = replace(
+        task,
         negative=model.encode_text([["", ""]] * 2),
-        given=Given(clean_BFSC, given_BF),
+        given=frames_given(task.sample.main, GIVEN_BF),
+        values=Values({"video": clean_BFSC}),
     )
-    assert torch.equal(out_BFSC[given_BF], clean_BFSC[given_BF])
-    assert not torch.isclose(out_BFSC[~given_BF], clean_BFSC[~given_BF]).all(dim=-1).any()
-    stages = [s for s in model.plan.stages(geometry) if not given_BF[:, s].all()]
+    guided = Sampling("heun", 3, guidance=Guidance(4.0, rescale=0.7))
+    out_BFSC = rollout(model.predictor, model.plan, task, guided)["video"]
+    assert torch.equal(out_BFSC[GIVEN_BF], clean_BFSC[GIVEN_BF])
+    assert not torch.isclose(out_BFSC[~GIVEN_BF], clean_BFSC[~GIVEN_BF]).all(dim=-1).any()
+    stages = [s for s in model.plan.stages(task.sample) if not GIVEN_BF[:, s["video"]].all()]
     assert len(heard) == 12 * len(stages)
     for streams in heard:
         video = streams["video"]
         x_BFSC = video.x_BNC.unflatten(1, (video.grid[0], -1))[:, -4:]
         sigma_BFS = video.sigma_BN.unflatten(1, (video.grid[0], -1))[:, -4:]
-        assert torch.equal(x_BFSC[given_BF], clean_BFSC[given_BF])
-        assert not sigma_BFS[given_BF].any()
+        assert torch.equal(x_BFSC[GIVEN_BF], clean_BFSC[GIVEN_BF])
+        assert not sigma_BFS[GIVEN_BF].any()
 
 
 @pytest.mark.parametrize("plan", ["chunks", "teacher"])
 @EACH_BACKBONE
 def test_a_chunk_is_made_from_the_chunks_before_it_alone(backbone: str, plan: str) -> None:
     model = toy_model(backbone, plan)
-    geometry, noise_BFSC = setting(model)
-    first, *_, last = model.plan.stages(geometry)
-    text = model.encode_text([list(PROMPTS[:2])] * 2)
+    task = setting(model)
+    first, *_, last = (stage["video"] for stage in model.plan.stages(task.sample))
 
     def made(changed: slice | None) -> torch.Tensor:
-        noise = noise_BFSC.clone()
+        noise = task.noise["video"].clone()
         if changed is not None:
             noise[:, changed] += 1.0
-        return rollout(model.predictor, model.plan, geometry, text, noise, Sampling(steps=2))
+        louder = replace(task, noise={"video": noise})
+        return rollout(model.predictor, model.plan, louder, Sampling(steps=2))["video"]
 
     base, late, early = made(None), made(last), made(first)
     assert torch.equal(late[:, : last.start], base[:, : last.start])
@@ -327,7 +330,8 @@ def test_a_given_first_frame_is_the_first_frame_of_the_clip(backbone: str) -> No
     model = toy_model(backbone, "first_frame", **sections)
     generator = torch_generator("first frames")
     first = torch.randint(0, 256, (3, 1, 16, 24, 3), generator=generator, dtype=torch.uint8)
-    clips = made(model, ClipRequest(PROMPTS, first_frames=first), batch_size=2)
+    request = ClipRequest(PROMPTS, conditions=(FirstFrame(),), sources=(Source(first),))
+    clips = made(model, request, batch_size=2)
     assert clips.shape == (3, 9, 16, 24, 3)
     # With as many channels as a patch has numbers the tokenizer loses nothing.
     assert torch.equal(clips[:, :1], first)
@@ -338,5 +342,6 @@ def test_a_given_first_frame_is_the_first_frame_of_the_clip(backbone: str) -> No
 def test_a_first_frame_of_another_size_is_refused() -> None:
     # 24 x 16 has as many tokens as 16 x 24.
     turned = torch.zeros(3, 2, 24, 16, 3, dtype=torch.uint8)
-    with pytest.raises(UserError, match="is 24x16 pixels, the clip 16x24"):
-        made(toy_model(plan="first_frame"), ClipRequest(PROMPTS, first_frames=turned))
+    request = ClipRequest(PROMPTS, conditions=(FirstFrame(),), sources=(Source(turned),))
+    with pytest.raises(UserError, match="is 16x24 pixels, the clip 24x16"):
+        made(toy_model(plan="first_frame"), request)

@@ -15,6 +15,7 @@ import torch
 import torch._dynamo.testing
 from torch import Tensor, nn
 
+from laid import frames_given, lay, levels_of, noised, sampled, stages, video
 from motionloom.backbones import Backbone, build_backbone
 from motionloom.backbones.base import CachingBackbone
 from motionloom.backbones.ltx2 import LTX2
@@ -24,21 +25,21 @@ from motionloom.backbones.wan import PRESETS as WAN_PRESETS
 from motionloom.backbones.wan import Wan
 from motionloom.config.recipe import ModelConfig
 from motionloom.flow import LINEAR, Guidance
-from motionloom.generate.rollout import Given, Sampling, rollout
+from motionloom.generate import Sampling, Task, rollout
 from motionloom.nn.cache import KVCache
 from motionloom.plans import (
     Chunks,
     Geometry,
     Layout,
+    Sample,
     Stream,
     Streams,
     Text,
+    Values,
     Visibility,
     causal_chunks,
     dense_mask,
     full,
-    to_streams,
-    to_streams_at,
 )
 from motionloom.plans.past import facts, join_facts, past_facts
 from motionloom.plans.visibility import TEXT
@@ -147,30 +148,30 @@ def only(stream: Stream, chunk: int, context: bool) -> Stream:
 def clip_of(kind: str, plan: Chunks, frames: int, dtype: torch.dtype = torch.float64, batch: int = 2) -> Clip:
     """Chunk c at its own noise level; the same clean clip, noise and levels for every plan."""
     text, geo = caption(kind, dtype, batch), geometry(frames, batch)
-    layout = plan.layout(geo, text, plan.draw_given(geo, torch_generator("given")))
-    sigma_BD = torch.rand(8, 16, generator=torch_generator("sigma"))[:batch, : layout.num_draws].to(dtype)
-    levels = layout.levels(sigma_BD)
+    layout = lay(plan, geo, text)
+    sigma_BD = torch.rand(8, 16, generator=torch_generator("sigma"))[:batch].to(dtype)
     shape = (batch, frames, ROWS * COLUMNS, KINDS[kind].channels)
     clean, noise = draw(dtype, *shape, key="clean"), draw(dtype, *shape, key="noise")
-    streams = dict(to_streams(layout, clean, noise, levels, text, LINEAR.mix))
+    streams = noised(layout, clean, noise, sigma_BD, text)
     if KINDS[kind].audio_channels:
-        streams["audio"] = sound(layout, levels, KINDS[kind].audio_channels)
+        streams["audio"] = sound(layout, streams["video"].sigma_BK, KINDS[kind].audio_channels)
     double = {m: replace(s, position_BN3=s.position_BN3.to(dtype)) for m, s in streams.items()}
-    return Clip(double, layout.visibility, int(layout.chunk_T.max()) + 1)
+    return Clip(double, layout.visibility, int(video(layout).chunk_T.max()) + 1)
 
 
 def sound(layout: Layout, sigma_BK: Tensor, channels: int) -> Stream:
     """``SOUNDS`` audio tokens beside each video frame, at its noise level."""
-    batch, frames = sigma_BK.shape[0], layout.geometry.grid[0]
+    track = video(layout)
+    batch, frames = sigma_BK.shape[0], track.geometry.grid[0]
 
     def per_token(t_BT: Tensor) -> Tensor:
         return t_BT.repeat_interleave(SOUNDS, dim=1)
 
-    place_T = (layout.frame_T[:, None] * SOUNDS + torch.arange(SOUNDS)).flatten()
+    place_T = (track.frame_T[:, None] * SOUNDS + torch.arange(SOUNDS)).flatten()
     shape = (batch, frames * SOUNDS, channels)
     dtype = sigma_BK.dtype
     clean, noise = draw(dtype, *shape, key="clean sound"), draw(dtype, *shape, key="sound's noise")
-    level_BT = per_token(layout.level_BT).expand(batch, -1)
+    level_BT = per_token(track.level_BN[:, :: ROWS * COLUMNS]).expand(batch, -1)
     sigma_BT1 = sigma_BK.gather(1, level_BT)[..., None]
     nothing_T = torch.zeros_like(place_T)
     return Stream(
@@ -182,8 +183,8 @@ def sound(layout: Layout, sigma_BK: Tensor, channels: int) -> Stream:
         position_BN3=torch.stack([place_T / (8.0 * SOUNDS), nothing_T, nothing_T], dim=-1)[None],
         cell_BN3=torch.stack([place_T, nothing_T, nothing_T], dim=-1)[None],
         scene_BN=nothing_T[None],
-        chunk_BN=per_token(layout.chunk_T[None]),
-        context_BN=per_token(layout.context_T[None]),
+        chunk_BN=per_token(track.chunk_T[None]),
+        context_BN=per_token(track.context_T[None]),
         loss_BN=torch.ones(1, len(place_T)),
     )
 
@@ -846,16 +847,17 @@ def test_a_stage_is_a_part_of_the_clip(first_alone, given):
     x = draw(torch.float32, 2, 7, ROWS * COLUMNS, 4, key="x")
     clean, level = torch.zeros_like(x), torch.full((2, 8), 0.7)
 
-    def video(layout: Layout, frames: slice) -> Stream:
-        sigma_BK = layout.levels(level[:, : layout.num_draws])
-        streams = to_streams_at(layout, clean[:, frames], x[:, frames], sigma_BK, text)
+    def fed(layout: Layout, frames: slice) -> Stream:
+        sigma_BK = levels_of(layout, level)
+        streams = sampled(layout, clean[:, frames], x[:, frames], sigma_BK, text)
         assert not streams["text"].sigma_BN.any()
         return streams["video"]
 
-    everything = video(plan.layout(whole, text, given_BF), slice(None))
-    for frames in plan.stages(whole):
-        part = given_BF[:, frames] if given_BF[:, frames].any() else None
-        stage = video(plan.stage_layout(whole.part(frames), part), frames)
+    everything = fed(lay(plan, whole, text, given_BF), slice(None))
+    for frames in stages(plan, whole):
+        part, cells = whole.part(frames), whole.cells
+        what = frames_given(whole, given_BF).part({"video": slice(frames.start * cells, frames.stop * cells)})
+        stage = fed(plan.stage_layout(Sample({"video": part}), what), frames)
         cells = slice(frames.start * ROWS * COLUMNS, frames.stop * ROWS * COLUMNS)
         for name, t in vars(stage.attributes).items():
             assert torch.equal(t, getattr(everything.attributes, name)[:, cells]), name
@@ -879,10 +881,16 @@ def test_a_rollout_from_the_cache_is_the_masked_rollout(kind, plan, given):
     dtype, frames = torch.float64, 5
     geo, text = geometry(frames), caption(kind, dtype)
     shape = (2, frames, ROWS * COLUMNS, KINDS[kind].channels)
-    context = None
-    if given:
-        given_BF = torch.tensor([[True, True, True, False, False], [True, False, True, False, False]])
-        context = Given(draw(dtype, *shape, key="given"), given_BF)
+    clean = draw(dtype, *shape, key="given")
+    given_BF = torch.tensor([[True, True, True, False, False], [True, False, True, False, False]]) & given
+    task = Task(
+        Sample({"video": geo}),
+        text,
+        {"video": draw(dtype, *shape, key="noise")},
+        negative=caption(kind, dtype, key="negative"),
+        given=frames_given(geo, given_BF),
+        values=Values({"video": clean}),
+    )
     model = build(kind)
     clips, tokens = [], []
     for wrap in (WithoutCache, WithCache):
@@ -890,35 +898,32 @@ def test_a_rollout_from_the_cache_is_the_masked_rollout(kind, plan, given):
         out = rollout(
             Predictor(backbone),
             plan,
-            geo,
-            text,
-            draw(dtype, *shape, key="noise"),
+            task,
             Sampling("heun", 2, guidance=Guidance(3.0, rescale=0.7, interval=(0.2, 1.0))),
-            negative=caption(kind, dtype, key="negative"),
-            given=context,
         )
-        clips.append(out)
+        clips.append(out["video"])
         tokens.append(set(backbone.tokens))
     assert isinstance(backbone, CachingBackbone)
     assert ((clips[0] - clips[1]).abs().max() / clips[0].abs().max()).item() < 1e-12
-    if context is not None:
-        assert torch.equal(clips[1][context.given_BF], context.clean_BFSC[context.given_BF])
+    assert torch.equal(clips[1][given_BF], clean[given_BF])
     everything = ROWS * COLUMNS * frames * (2 if plan.forcing == "teacher" else 1)
     assert tokens[0] == {everything}
-    assert tokens[1] == {ROWS * COLUMNS * (s.stop - s.start) for s in plan.stages(geo)}
+    assert tokens[1] == {ROWS * COLUMNS * (s.stop - s.start) for s in stages(plan, geo)}
 
 
 @pytest.mark.parametrize("solver", ["ddim", "consistency"])
 def test_stochastic_solvers_draw_the_same_with_and_without_a_cache(solver):
     geo, plan, model = geometry(5), Chunks(2), build("joint")
     noise = draw(torch.float64, 2, 5, ROWS * COLUMNS, KINDS["joint"].channels, key="noise")
-    text, sampling = caption("joint", torch.float64), Sampling(solver, 3, eta=1.0)
+    task, sampling = (
+        Task(Sample({"video": geo}), caption("joint", torch.float64), {"video": noise}),
+        Sampling(solver, 3, eta=1.0),
+    )
     masked, cached, other = (
-        rollout(
-            Predictor(wrap(model)), plan, geo, text, noise, sampling, generator=torch_generator("draws", key)
-        )
+        rollout(Predictor(wrap(model)), plan, task, sampling, generator=torch_generator("draws", key))
         for wrap, key in ((WithoutCache, 0), (WithCache, 0), (WithCache, 1))
     )
+    masked, cached, other = (made["video"] for made in (masked, cached, other))
     assert ((masked - cached).abs().max() / cached.abs().max()).item() < 1e-12
     assert (other - cached).abs().max() > 1e-3
 
@@ -930,6 +935,6 @@ def test_a_backbone_without_a_cache_runs_under_the_mask():
     assert isinstance(build("joint"), CachingBackbone)
     backbone: Backbone = WithoutCache(factorized)
     noise = draw(torch.float32, 2, 4, ROWS * COLUMNS, 4, key="noise")
-    text = caption("joint", torch.float32)
-    rollout(Predictor(backbone), Chunks(2), geometry(4), text, noise, Sampling(steps=2))
+    task = Task(Sample({"video": geometry(4)}), caption("joint", torch.float32), {"video": noise})
+    rollout(Predictor(backbone), Chunks(2), task, Sampling(steps=2))
     assert backbone.tokens == [4 * ROWS * COLUMNS] * 4

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shlex
 import subprocess
@@ -19,10 +20,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cached import make_clip
-from motionloom.backbones import FAMILIES
-from motionloom.config.recipe import LoraConfig
+from motionloom.backbones import FAMILIES, build_backbone
+from motionloom.cli.assemble import load_model
+from motionloom.config.recipe import LoraConfig, ModelConfig
 from motionloom.errors import UserError
-from motionloom.parallel import Ranks
+from motionloom.parallel import Ranks, named_state
+from motionloom.plans import Stream, full
 from motionloom.rng import torch_generator
 from motionloom.train import checkpoint
 from motionloom.train.lora import (
@@ -34,8 +37,18 @@ from motionloom.train.lora import (
     merge_into_base,
     merged,
     merged_together,
+    started,
 )
-from motionloom.train.lora_files import checkpoint_adapters, read_lora, write_lora
+from motionloom.train.lora_files import (
+    Layout,
+    Notes,
+    checkpoint_adapters,
+    read_lora,
+    read_notes,
+    write_lora,
+)
+from motionloom.train.parts import train_only
+from published import TINY
 from test_cli import call
 from test_resume import finish, kill_after, same_tensors, start
 from toy_training import ToyBackbone, ToyLoader, metrics, toy_denoise, toy_recipe, toy_trainer
@@ -211,6 +224,27 @@ def test_merged_weights_answer_alike_and_come_back_to_the_bit(dora: bool) -> Non
     torch.testing.assert_close(net(x()), wanted, rtol=0, atol=0)
 
 
+@both_kinds
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_strength_goes_from_the_base_to_the_whole_adapter(dora: bool, dtype: torch.dtype) -> None:
+    """0 is the base to the bit, 1 what was trained, and between them the way is straight."""
+    trained = adapted("attn1", "up", dora=dora)
+    files = adapters_of(trained)
+
+    def with_strength(*strengths: float) -> Net:
+        net = Net().to(dtype)
+        merge_into_base(net, [(files, strength) for strength in strengths])
+        return net
+
+    base, none = Net().to(dtype).state_dict(), with_strength(0.0, 0.0).state_dict()
+    assert all(torch.equal(t, base[name]) for name, t in none.items())
+    if dtype == torch.float32:
+        assert far(with_strength(1.0)(x()), trained(x())) < 1e-6
+        whole, half = (with_strength(s).layers[0]["up"].weight.detach() for s in (1.0, 0.5))
+        torch.testing.assert_close(half, (whole + base["layers.0.up.weight"]) / 2)
+        assert far(with_strength(0.5, 0.5)(x()), with_strength(1.0)(x())) < 1e-6
+
+
 def test_a_base_in_bfloat16_comes_back_to_the_bit_as_well() -> None:
     net = Net()
     add_lora(net, config(), torch_generator("lora"), torch.bfloat16)
@@ -352,6 +386,33 @@ def test_files_of_other_trainers_are_read(prefix: str, names: tuple[str, str], t
     assert {one.alpha for one in read.values()} == {2.0}, "without alpha it is the rank"
 
 
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}], ids=str)
+def test_files_by_peft_itself_act_as_peft_says(options: dict[str, bool], tmp_path: Path) -> None:
+    """Ranks and alphas of their own for some layers, in peft's folder and in diffusers' single file."""
+    import peft
+
+    patterns = {"rank_pattern": {"layers.0.attn1.to_q": 3}, "alpha_pattern": {"to_q": 1.5, "up": 4}}
+    wish = peft.LoraConfig(r=2, lora_alpha=5, target_modules=["to_q", "up"], **patterns, **options)
+    theirs = peft.get_peft_model(Net(), wish)
+    for name, p in theirs.named_parameters():
+        if "lora_" in name:
+            nn.init.normal_(p, float("magnitude" in name), 0.3, generator=torch_generator(name))
+    theirs.save_pretrained(str(tmp_path))
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    settings = {f"transformer.{k}": v for k, v in wish.to_dict().items() if isinstance(v, int | float | dict)}
+    header = {"lora_adapter_metadata": json.dumps(settings)}
+    plain = {f"transformer.{name.removeprefix('base_model.model.')}": t for name, t in tensors.items()}
+    save_file(plain, tmp_path / "one.safetensors", metadata=header)
+    for file in ("one.safetensors", "adapter_model.safetensors"):
+        read = read_lora(tmp_path / file, layer_shapes(Net()))
+        assert {one.rank for one in read.values()} == {2, 3}
+        with merged(net := Net(), [(read, 1.0)]):
+            assert far(net(x()), theirs(x())) < 1e-6
+    (tmp_path / "adapter_config.json").write_text("{")
+    with pytest.raises(UserError, match=r"adapter_config\.json beside it cannot be read"):
+        read_lora(tmp_path / "adapter_model.safetensors", layer_shapes(Net()))
+
+
 def test_rank_stable_scales_and_doubled_layers_are_not_misread(tmp_path: Path) -> None:
     adapters = {"layers.0.up": Adapter(torch.ones(4, 8), torch.ones(8, 4), 8.0)}
     write_lora(tmp_path / "plain.safetensors", adapters, "diffusers")
@@ -393,6 +454,147 @@ def test_wrong_files_are_refused_in_one_line(tmp_path: Path) -> None:
     dora = {name: replace(one, magnitude_O=torch.ones(6)) for name, one in some_adapters().items()}
     with pytest.raises(UserError, match="DoRA is not written in the comfyui layout"):
         write_lora(file, dora, "comfyui", family="wan", original=WAN.original_keys)
+
+
+def test_notes_stand_in_the_header_and_are_read_as_the_ltx_trainer_writes_them(tmp_path: Path) -> None:
+    file, notes = tmp_path / "a.safetensors", Notes("models/wan", "ab" * 32, 2, 4)
+    write_lora(file, some_adapters(), "diffusers", notes=notes.header())
+    assert read_notes(file) == notes
+    with safe_open(file, "pt") as opened:
+        header = opened.metadata()
+    assert header["reference_downscale_factor"] == header["reference_spatial_scale_factor"] == "2"
+    assert header["reference_temporal_scale_factor"] == "4"
+    assert Notes(reference_downscale=1).header() == {"reference_downscale": "1"}
+    theirs = {"reference_spatial_scale_factor": "2", "reference_temporal_scale_factor": "3"}
+    save_file(load_file(file), file, metadata=theirs)
+    assert read_notes(file) == Notes(reference_downscale=2, reference_frame_stride=3)
+    save_file(load_file(file), file)
+    assert read_notes(file) == Notes()
+    for wrong in ("two", "1.5", "0"):
+        save_file(load_file(file), file, metadata={"reference_downscale_factor": wrong})
+        with pytest.raises(UserError, match="reference_downscale in its header"):
+            read_notes(file)
+
+
+def test_a_continued_adapter_acts_as_the_one_in_the_file() -> None:
+    for rank, alpha in ((2, 5.0), (2, 1.0), (3, 7.0)):
+        net = Net()
+        add_lora(net, config(rank=rank, alpha=alpha), torch_generator("lora"))
+        fresh = {name: replace(one, alpha=alpha) for name, one in adapters_of(net).items()}
+        for name, given in adapters_of(adapted()).items():
+            own = started(fresh[name], given)
+            assert (own.rank, own.alpha) == (rank, alpha)
+            torch.testing.assert_close(change(own), change(given), rtol=1e-6, atol=1e-6)
+            assert bool(own.down_RI.any(dim=1).all()), "what is left of the rank can still learn"
+            if (rank, alpha) == (2, 5.0):
+                assert torch.equal(own.up_OR, given.up_OR)
+
+
+# --- every backbone -----------------------------------------------------------------------------------------
+
+TARGETS = {
+    "joint": ["!layers.0.qkv", "qkv", "mlp"],
+    "joint with sound": ["!audio_block.mlp", "audio_block", "mlp", "audio_to_video.q"],
+    "factorized": ["space.qkv", "text.q", "mlp.up"],
+    "wan": ["!blocks.0.attn1", "attn1.to_q", "attn2", "ffn"],
+    "cogvideox": ["attn1", "!ff.net.0", "ff"],
+    "ltx2": ["attn1.to_k", "audio_attn1", "audio_to_video_attn", "audio_ff"],
+}
+
+
+def any_backbone(kind: str) -> nn.Module:
+    """A tiny one whose every weight matters."""
+    if kind in FAMILIES:
+        model = FAMILIES[kind].on_meta(FAMILIES[kind].preset(TINY[kind]))
+    else:
+        sizes = ModelConfig(
+            type=kind.split()[0],
+            dim=24,
+            depth=2,
+            num_heads=2,
+            window_size=2,
+            mlp_ratio=2.0,
+            audio_dim=16 if "sound" in kind else 0,
+        )
+        model = build_backbone(sizes, 4, 5, audio_channels=6, device="meta")
+    model.to_empty(device="cpu")
+    model.init_weights(torch_generator("backbone"))
+    for name, p in model.named_parameters():
+        if not p.any():  # adaLN-Zero starts asleep
+            nn.init.normal_(p, 0, 0.2, generator=torch_generator("awake", name))
+    return model.eval()
+
+
+def streams_for(model: nn.Module) -> dict[str, Stream]:
+    """Two short clips with sound, where the model hears."""
+    widths = {"video": getattr(model, "latent_channels", 4) * math.prod(model.patch)}
+    widths["text"] = getattr(model, "text_dim", 5)
+    if "audio" in model.modalities:
+        widths["audio"] = getattr(model, "audio_channels", 6)
+    grids = {"video": (3, 2, 4), "audio": (5, 1, 1), "text": (1, 1, 4)}
+    streams = {}
+    for modality, width in widths.items():
+        count = math.prod(grids[modality])
+        cells = torch.cartesian_prod(*(torch.arange(side) for side in grids[modality]))[None]
+        nothing = torch.zeros(1, count, dtype=torch.long)
+        streams[modality] = Stream(
+            modality,
+            grids[modality],
+            torch.randn(2, count, width, generator=torch_generator("streams", modality)),
+            sigma_BK=torch.tensor([[0.3], [0.8]]),
+            level_BN=nothing,
+            position_BN3=cells * torch.tensor([0.25, 8.0, 8.0]),
+            cell_BN3=cells,
+            scene_BN=nothing,
+            chunk_BN=nothing,
+            context_BN=nothing.bool(),
+            loss_BN=nothing.float() + 1,
+            valid_BN=torch.ones(2, count, dtype=torch.bool) if modality == "text" else None,
+        )
+    return streams
+
+
+def answer(model: nn.Module, streams: dict[str, Stream]) -> Tensor:
+    return torch.cat([t.flatten() for _, t in sorted(model(streams, full).items())])
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize("kind", TARGETS)
+def test_every_backbone_takes_adapters(kind: str, dora: bool, tmp_path: Path) -> None:
+    """Fresh ones change nothing, all that is trained is theirs and learns, a file and back gives the same
+    answers, and taking them out again gives the base's bits."""
+    model, plain = any_backbone(kind), any_backbone(kind)
+    streams = streams_for(model)
+    before = answer(plain, streams)
+    wish = config(*TARGETS[kind], dora=dora)
+    rows = add_lora(model, wish, torch_generator("lora"))
+    assert far(answer(model, streams), before) < (1e-5 if dora else 1e-30)
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(p, 0, 0.3, generator=torch_generator("trained", name))
+    after = answer(model, streams)
+    assert far(after, before) > 0.01
+    after.square().sum().backward()
+    learns = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+    own = {name for name, _ in model.named_parameters() if ".lora_" in name}
+    assert learns == own
+    assert sum(row.parameters for row in rows) == sum(
+        p.numel() for n, p in model.named_parameters() if n in own
+    )
+
+    family = FAMILIES.get(kind)
+    keys = family.original_keys if family is not None else None
+    trained = {f"backbone.{name}": p.detach() for name, p in model.named_parameters() if name in own}
+    layouts: list[Layout] = (
+        ["diffusers", "comfyui"] if kind in ("wan", "ltx2") and not dora else ["diffusers"]
+    )
+    for layout in layouts:
+        file = tmp_path / f"{layout}.safetensors"
+        write_lora(file, checkpoint_adapters(trained, wish.alpha), layout, family=kind, original=keys)
+        read = read_lora(file, layer_shapes(plain), keys)
+        with merged(plain, [(read, 1.0)]):
+            assert far(answer(plain, streams), after) < 1e-6
+        assert torch.equal(answer(plain, streams), before)
 
 
 # --- training -----------------------------------------------------------------------------------------------
@@ -614,6 +816,124 @@ def told(*arguments: str) -> str:
     assert answer.code == 2, answer.out
     assert "Traceback" not in answer.err
     return answer.err
+
+
+def trained_names(run: Path) -> set[str]:
+    return {name.split("/")[1] for name in checkpoint.load(run).tensors("optimizer")}
+
+
+WORDS = {"text_encoder.words.weight", "text_encoder.places.weight"}
+
+
+def test_parts_are_trained_beside_adapters_and_travel_with_them(own: Path, tmp_path: Path) -> None:
+    """The table of words, which adapters leave as it is: new words are learned."""
+    words = train_words(own, "experiment_name=words", "lora.dora=true", "ema.enabled=false")
+    said = told(*words, "lora.parts=[text_encoder, text_encoder.words]")
+    assert "lora.parts: text_encoder.words only fits what patterns before it have decided" in said
+    answer = call(*words, "lora.parts=[text_encoder, exit]")
+    assert answer.code == 0, answer.err
+    assert re.search(r"text_encoder\s+2\s+2,176", answer.out), answer.out
+    saved, base = checkpoint.load(own / "words"), checkpoint.load(own / "base")
+    assert trained_names(own / "words") == set(saved.tensors("model"))
+    whole = {name for name in trained_names(own / "words") if ".lora_" not in name}
+    assert whole > WORDS
+    assert all("backbone.exit." in name for name in whole - WORDS)
+    before = base.weights(ema=True)
+    assert all(not torch.equal(saved.tensors("model")[name], before[name]) for name in whole)
+
+    file = tmp_path / "words.safetensors"
+    answer = call("lora", "export", str(own / "words"), str(file))
+    assert answer.code == 0, answer.err
+    assert "also holds what was trained whole" in answer.err
+    wanted, plain = picture(tmp_path / "1", own / "words"), picture(tmp_path / "2", own / "base")
+    assert picture(tmp_path / "3", own / "base", "--lora", str(file)) == wanted
+    assert picture(tmp_path / "4", own / "base", "--lora", f"{file}:0") == plain
+    assert wanted != plain
+
+
+def test_a_run_goes_on_from_a_file(own: Path, tmp_path: Path) -> None:
+    file = tmp_path / "style.safetensors"
+    ok("lora", "export", str(own / "style"), str(file))
+    begin = (f"lora.init_from={file}", "train.max_steps=1", "train.lr=1e-12", "ema.enabled=false")
+
+    def refused(message: str, *changes: str) -> None:
+        said = told(*train_words(own, *begin, "experiment_name=refused", *changes))
+        assert re.search(message, said), said
+
+    ok(*train_words(own, *begin, "experiment_name=on", "lora.rank=4", "lora.alpha=2"))
+    again = tmp_path / "again.safetensors"
+    ok("lora", "export", str(own / "on"), str(again))
+    shapes = layer_shapes(load_model(own / "base", device="cpu").predictor.backbone)  # type: ignore[arg-type]
+    first, second = read_lora(file, shapes), read_lora(again, shapes)
+    assert first.keys() == second.keys()
+    for name, one in first.items():
+        torch.testing.assert_close(change(second[name]), change(one), rtol=1e-5, atol=1e-7)
+    refused(r"is of rank 3, more than lora\.rank 2: set lora\.rank=3", "lora.rank=2")
+    refused(r"which lora\.targets leaves as it is", "lora.targets=[mlp]")
+    refused(r"is no DoRA: set lora\.dora=false", "lora.dora=true")
+    refused("both say where adapters start", f"train.init_from={own / 'style'}")
+    refused("no such file", "lora.init_from=nowhere.safetensors")
+    refused("set but lora.enabled is false", "lora.enabled=false", "lora.base=")
+    refused("train.parts is for training without LoRA", "train.parts=[mlp]")
+    refused(r"lora\.parts: qkv takes layers\.0\.qkv, which lora\.targets adapts", "lora.parts=[qkv]")
+    refused(
+        r"lora\.parts: txt_encoder fits no parameter .* near are text_encoder", "lora.parts=[txt_encoder]"
+    )
+
+
+def test_chosen_parts_are_trained_and_checkpoints_stay_whole(own: Path, tmp_path: Path) -> None:
+    words = [
+        *("train", "quickstart", "--cache", str(own / "cache"), *OWN, f"output_dir={own}"),
+        *("experiment_name=some", f"train.init_from={own / 'base'}"),
+    ]
+    chosen = "train.parts=['!layers.1.mlp.down', layers.1, text_encoder.words]"
+    answer = call(*words, chosen, "train.max_steps=2")
+    assert answer.code == 0, answer.err
+    assert re.search(r"!layers\.1\.mlp\.down\s+\d+\s+0", answer.out + answer.err)
+    assert call(*words, chosen, "train.max_steps=4", "--resume").code == 0
+    saved, base = checkpoint.load(own / "some"), checkpoint.load(own / "base").weights(ema=True)
+    trained = trained_names(own / "some")
+    assert {name.split(".")[0] for name in trained} == {"backbone", "text_encoder"}
+    assert all(".layers.1." in n and "mlp.down" not in n for n in trained if n.startswith("backbone"))
+    for kind in ("model", "ema"):
+        tensors = saved.tensors(kind)
+        assert set(tensors) == set(base)
+        assert all(torch.equal(tensors[name], base[name]) == (name not in trained) for name in tensors)
+    answer = call("inspect", str(own / "some"), "--json").value
+    assert answer["parameters"]["trained"] == sum(saved.tensors("model")[n].numel() for n in trained)
+    assert picture(tmp_path / "1", own / "some") != picture(tmp_path / "2", own / "base")
+    said = told(*words, "experiment_name=none", "train.parts=[layer.1]")
+    assert re.search(r"train\.parts: layer\.1 fits no parameter of this model; near are .*layers", said), said
+    said = told(*words, "experiment_name=none", "train.parts=['!layers']")
+    assert "train.parts only leaves out" in said
+
+
+def test_what_a_file_holds_besides_is_noted(own: Path, tmp_path: Path) -> None:
+    file, more = tmp_path / "style.safetensors", tmp_path / "more.safetensors"
+    ok("lora", "export", str(own / "style"), str(file))
+    with safe_open(file, "pt") as opened:
+        header = {**opened.metadata(), **Notes(reference_downscale=2).header()}
+    save_file({**load_file(file), "layers.0.qkv.diff_b": torch.ones(3)}, more, metadata=header)
+    words = ("--out", str(tmp_path / "out"), "--prompt", "wave", "--steps", "1", "--lora", str(more))
+    answer = call("generate", str(own / "base"), *words)
+    assert answer.code == 0, answer.err
+    assert (
+        "1 of its tensors are no adapters of linear layers and are left out (layers.0.qkv.diff_b)"
+        in answer.err
+    )
+    assert "was trained with references.downscale 2, and here it is 1" in answer.err
+
+
+@pytest.mark.parametrize("family", TINY)
+def test_chosen_parts_of_published_backbones(family: str) -> None:
+    model = any_backbone(family)
+    rows = train_only({"backbone": model}, ["!attn1.to_q", "attn1"])
+    free = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert free == {n for n in model.state_dict() if ".attn1." in n and ".attn1.to_q." not in n}
+    assert [row.pattern for row in rows] == ["!attn1.to_q", "attn1"]
+    assert rows[0].parameters == 0
+    assert rows[1].parameters == sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert named_state({"backbone": model}).keys() == {f"backbone.{name}" for name in model.state_dict()}
 
 
 def test_muon_trains_adapters_inside_blocks_and_resumes(own: Path) -> None:

@@ -15,10 +15,15 @@ from motionloom.data.media import (
     read_clip,
     read_sound,
     resize_cover_crop,
+    sound_seconds,
+    write_sound,
     write_video,
 )
+from motionloom.data.shapeworld import Attributes, World, hear, render
+from motionloom.data.shapeworld.spec import bounce_times
 from motionloom.data.sheets import animated_sheet, contact_sheet
 from motionloom.errors import UserError
+from motionloom.rng import numpy_rng
 
 QUADRANTS = [(250, 10, 10), (10, 250, 10), (10, 10, 250), (128, 128, 128)]  # red, green / blue, grey
 
@@ -283,6 +288,61 @@ def test_sound_stays_in_step(tmp_path, suffix, channels):
     assert read_sound(path, 16_000, mono=True).shape[0] == 1
     with pytest.raises(UserError, match="holds no sound"):
         write_video(tmp_path / "a.gif", quadrants(16), 8, sound=sound, sample_rate=rate)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm"])
+@pytest.mark.parametrize("rate", [16_000, 48_000])
+def test_clicks_come_back_on_the_frame_of_their_bounce(tmp_path, suffix, rate):
+    """Encoders of sound look ahead and start late; what they write has to say so."""
+    world = World.modes()
+    spec = world.stage([Attributes("circle", "red", "small", "bounce")], "dark", numpy_rng("bounce", rate))
+    clip = render(spec, rate)
+    path = write_video(tmp_path / f"a{suffix}", clip.video_FHW3, spec.fps, sound=clip.sound, sample_rate=rate)
+    wanted = bounce_times(spec.objects[0]) * (spec.frames - 1) / spec.fps
+    assert len(wanted) >= 1
+    heard = hear(read_sound(path, rate), rate).clicks
+    np.testing.assert_allclose(heard, wanted, atol=0.001)  # a frame lasts 0.125
+    # A player shows what the first frame's time says, not what a reader makes of it.
+    for kind in ("video", "audio"):
+        with av.open(str(path)) as container:
+            assert next(container.decode(container.streams.best(kind))).time == pytest.approx(0, abs=0.001)
+
+
+def test_aac_keeps_a_tone_clean(tmp_path):
+    rate = 48_000
+    tone = (0.4 * np.sin(2 * np.pi * 440 * np.arange(rate) / rate)).astype(np.float32)[None]
+    path = write_video(tmp_path / "a.mp4", quadrants(8), 8, sound=tone, sample_rate=rate)
+    noise = (read_sound(path)[:, :rate] - tone)[:, 4000:-4000]
+    assert 10 * np.log10(np.square(tone).mean() / np.square(noise).mean()) > 40
+
+
+@pytest.mark.parametrize("suffix", [".wav", ".flac", ".m4a"])
+@pytest.mark.parametrize("rate, channels", [(16_000, 1), (44_100, 2), (17_000, 2)])
+def test_sound_alone_comes_back(tmp_path, suffix, rate, channels):
+    time = np.arange(rate // 2) / rate
+    sound = np.stack([0.5 * np.sin(2 * np.pi * (300 + 100 * c) * time) for c in range(channels)])
+    path = write_sound(tmp_path / f"a{suffix}", sound.astype(np.float32), rate)
+    again = write_sound(tmp_path / f"b{suffix}", sound.astype(np.float32), rate)
+    assert path.read_bytes() == again.read_bytes()
+    assert sound_seconds(path) == pytest.approx(0.5, abs=0.001)
+    back = read_sound(path, rate)
+    assert back.shape[0] == channels
+    error = np.abs(back[:, : rate // 2] - sound)
+    if suffix == ".m4a":
+        assert np.sqrt(np.square(error).mean()) < 0.03
+    else:
+        assert back.shape == sound.shape
+        assert error.max() < 1 / 2**15
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_sound_that_cannot_be_written_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"cannot write sound as \.mp3; name it \.wav, \.flac, \.m4a"):
+        write_sound(tmp_path / "a.mp3", np.zeros((1, 10), np.float32), 16_000)
+    with pytest.raises(UserError, match="no sound to write"):
+        write_sound(tmp_path / "a.wav", np.zeros((1, 0), np.float32), 16_000)
+    loud = read_sound(write_sound(tmp_path / "a.wav", np.full((1, 100), 3, np.float32), 16_000))
+    assert loud.max() == pytest.approx(1, abs=1e-4)
 
 
 def test_a_sheet_of_frames(tmp_path):

@@ -8,18 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from motionloom.flow import LINEAR
+from laid import EXPAND, FIRST_FRAME
 from motionloom.nn.attention import pinned
 from motionloom.plans import (
     Chunks,
-    FirstFrame,
     Plan,
     Scenes,
     Streams,
     TextToVideo,
     Visibility,
     full,
-    to_streams,
 )
 from motionloom.plans.packing import pack
 from motionloom.plans.visibility import scene_summaries
@@ -28,8 +26,8 @@ from test_kv_cache import build as build_with_sound
 from test_kv_cache import clip_of
 
 PLANS: dict[str, Plan] = {
-    "scenes": Scenes(1.0),
-    "first_frame": FirstFrame(1.0),
+    "scenes": Scenes(EXPAND),
+    "first_frame": FIRST_FRAME,
     "chunks": Chunks(2, window=2, sinks=1),
     "teacher": Chunks(2, forcing="teacher"),
 }
@@ -37,9 +35,8 @@ SHAPES = (((2, 3), 3, 4), ((4,), 2, 5), ((1, 2, 1), 3, 4))
 
 
 def streams_of(one: Sample, plan: Plan) -> tuple[Streams, Visibility]:
-    layout = one.layout(plan)
-    levels = layout.levels(one.sigma[:, : layout.num_draws])
-    return to_streams(layout, one.clean, one.noise, levels, one.text, LINEAR.mix), layout.visibility
+    layout, streams = one.streams(plan)
+    return streams, layout.visibility
 
 
 def rows(plan: Plan, dtype: torch.dtype = torch.float64) -> tuple[list[Streams], Visibility]:
@@ -96,7 +93,7 @@ def test_samples_with_sound_do_not_hear_of_each_other_s_noise(kind, plan, seen):
 
 def test_summaries_stay_within_their_sample():
     model = build("joint", dtype=torch.float64)
-    samples, _ = rows(Scenes(0.0))
+    samples, _ = rows(Scenes())
     packed = pack(samples, scene_summaries)
     together = packed.unpack(model(packed.streams, packed.visibility))
     for streams, answer in zip(samples, together, strict=True):
@@ -106,8 +103,8 @@ def test_summaries_stay_within_their_sample():
 
 
 def test_samples_must_come_alone_and_alike():
-    one, _ = streams_of(sample(batch=2), FirstFrame(0.0))
-    other, visibility = streams_of(sample(batch=1), FirstFrame(0.0))
+    one, _ = streams_of(sample(batch=2), TextToVideo())
+    other, visibility = streams_of(sample(batch=1), TextToVideo())
     with pytest.raises(AssertionError, match="batch of one"):
         pack([one], visibility)
     with pytest.raises(AssertionError, match="same modalities"):

@@ -7,12 +7,12 @@ import itertools
 import pytest
 import torch
 
-from motionloom.flow import LINEAR
+from laid import EXPAND, FIRST_FRAME, lay, noised, read_video, sampled, stages, video
 from motionloom.plans import (
     PLANS,
     Chunks,
-    FirstFrame,
     Geometry,
+    Sample,
     Scenes,
     Text,
     TextToVideo,
@@ -21,12 +21,9 @@ from motionloom.plans import (
     full,
     join_attributes,
     keep_given,
-    read_video,
     same_scene,
     same_scene_or_both_video,
     spatial_window,
-    to_streams,
-    to_streams_at,
 )
 from motionloom.plans.visibility import TeacherForcing
 from motionloom.rng import torch_generator
@@ -38,7 +35,12 @@ def geometry(scene_frames: tuple[int, ...] = (5,), batch: int = 2) -> Geometry:
     scene_F = torch.repeat_interleave(torch.arange(len(scene_frames)), torch.tensor(scene_frames))
     frames = len(scene_F)
     return Geometry(
-        (frames, ROWS, COLUMNS), torch.arange(frames)[None] * 0.5, (8.0, 8.0), scene_F[None], batch
+        (frames, ROWS, COLUMNS),
+        torch.arange(frames)[None] * 0.5,
+        (8.0, 8.0),
+        scene_F[None],
+        batch,
+        scenes=len(scene_frames),
     )
 
 
@@ -62,12 +64,9 @@ def given(geo: Geometry, *frames: int) -> torch.Tensor:
 
 
 def streams_of(plan, geo: Geometry, words: Text, given_BF: torch.Tensor):
-    layout = plan.layout(geo, words, given_BF)
-    sigma_BD = torch.rand(geo.batch, layout.num_draws, generator=torch_generator("sigma"))
-    streams = to_streams(
-        layout, tokens(geo, "clean"), tokens(geo, "noise"), layout.levels(sigma_BD), words, LINEAR.mix
-    )
-    return layout, streams
+    layout = lay(plan, geo, words, given_BF)
+    sigma_BD = torch.rand(geo.batch, 8, generator=torch_generator("sigma"))
+    return layout, noised(layout, tokens(geo, "clean"), tokens(geo, "noise"), sigma_BD, words)
 
 
 def rules(plan, geo: Geometry, words: Text) -> tuple[torch.Tensor, list[dict]]:
@@ -207,50 +206,64 @@ def test_a_query_that_may_see_nothing_still_sees_valid_keys():
     assert not mask[..., 3:].any()
 
 
+@pytest.mark.parametrize("forcing", ["diffusion", "teacher"])
 @pytest.mark.parametrize("name", sorted(PLANS))
-def test_given_frames_enter_and_leave_bit_identical(name):
-    plan = PLANS[name]()
+def test_given_frames_enter_and_leave_bit_identical(name, forcing):
+    plan = Chunks(forcing=forcing) if name == "chunks" else PLANS[name]()
     geo = geometry((3, 2)) if name == "scenes" else geometry((5,))
     words = text(2 if name == "scenes" else 1)
-    which = given(geo, 0, 1, 2) if name == "scenes" else given(geo, 0)
-    layout, streams = streams_of(plan, geo, words, which)
+    kept = given(geo, 0, 1, 2) if name == "scenes" else given(geo, 0)
+    layout, streams = streams_of(plan, geo, words, kept)
     clean = tokens(geo, "clean")
-    x = streams["video"].x_BNC.unflatten(1, (layout.frame_T.shape[0], -1))[:, -geo.grid[0] :]
-    kept = layout.given_BT[:, -geo.grid[0] :].expand(geo.batch, -1)
+
+    def of_clip(t_BN: torch.Tensor) -> torch.Tensor:
+        t_BN = t_BN.expand(geo.batch, *t_BN.shape[1:])
+        return t_BN.unflatten(1, (-1, geo.cells))[:, -geo.grid[0] :]
+
+    x = of_clip(streams["video"].x_BNC)
     assert torch.equal(x[kept], clean[kept])
     assert (x[~kept] != clean[~kept]).all()
-    assert torch.equal(kept.any(), torch.tensor(plan.knows_given))
-    sigma = streams["video"].sigma_BN.unflatten(1, (layout.frame_T.shape[0], -1))[:, -geo.grid[0] :]
+    sigma = of_clip(streams["video"].sigma_BN)
     assert (sigma[kept] == 0).all()
     assert (sigma[~kept] > 0).all()
-    loss = streams["video"].loss_BN.expand(geo.batch, -1)
-    loss = loss.unflatten(1, (layout.frame_T.shape[0], -1))[:, -geo.grid[0] :]
+    loss = of_clip(streams["video"].loss_BN)
     assert (loss[kept] == 0).all()
     assert (loss[~kept] == 1).all()
 
     noisy = tokens(geo, "solver state")
-    sampled = to_streams_at(layout, clean, noisy, streams["video"].sigma_BK, words)["video"]
-    x = sampled.x_BNC.unflatten(1, (layout.frame_T.shape[0], -1))[:, -geo.grid[0] :]
+    fed = sampled(layout, clean, noisy, streams["video"].sigma_BK, words)["video"]
+    x = of_clip(fed.x_BNC)
     assert torch.equal(x[kept], clean[kept])
     assert torch.equal(x[~kept], noisy[~kept])
-    assert torch.equal(keep_given(layout, clean, noisy)[kept], clean[kept])
+    back = keep_given(layout, "video", clean, noisy)
+    assert torch.equal(back[kept], clean[kept])
+    assert torch.equal(back[~kept], noisy[~kept])
+
+
+def drawn(plan, geo: Geometry) -> torch.Tensor:
+    """Which frames a training step is given, (B, F)."""
+    made = plan.conditions.draw(Sample({"video": geo}, fps=8.0), torch_generator("d")).marks
+    if "video" not in made:
+        return given(geo)
+    return (made["video"].kind_BN > 0).expand(geo.batch, -1).unflatten(1, (geo.grid[0], -1)).all(dim=2)
 
 
 def test_first_frame_alone_leaves_a_clip_of_one_frame_free():
-    geo = geometry((1,))
-    assert not FirstFrame(1.0).draw_given(geo, torch_generator("d")).any()
-    assert FirstFrame(1.0).draw_given(geometry(), torch_generator("d"))[:, 0].all()
-    assert not FirstFrame(0.0).draw_given(geometry(), torch_generator("d")).any()
+    assert not drawn(FIRST_FRAME, geometry((1,))).any()
+    assert drawn(FIRST_FRAME, geometry()).tolist() == [[True, False, False, False, False]] * 2
+    assert not drawn(TextToVideo(), geometry()).any()
 
 
 def test_scenes_expand_the_last_of_each_sample():
     geo = geometry((2, 1, 2))
-    which = Scenes(1.0).draw_given(geo, torch_generator("d"))
-    assert which.tolist() == [[True, True, True, False, False]] * 2
-    layout = Scenes().layout(geo, text(3), which)
-    assert layout.text_level_BL[0].tolist() == [0] * 6 + [1] * 3
-    nothing = Scenes().layout(geo, text(3), given(geo))
-    assert (nothing.text_level_BL == 1).all()
+    assert drawn(Scenes(EXPAND), geo).tolist() == [[True, True, True, False, False]] * 2
+    _, streams = streams_of(Scenes(EXPAND), geo, text(3), None)
+    sigma_BL = streams["text"].sigma_BN
+    assert not sigma_BL[:, :6].any(), "words of what is given are at the clean level"
+    assert (sigma_BL[:, 6:] == streams["video"].sigma_BN[:, -1:]).all()
+    assert (sigma_BL[:, 6:] > 0).all()
+    _, nothing = streams_of(Scenes(), geo, text(3), given(geo))
+    assert (nothing["text"].sigma_BN == nothing["video"].sigma_BN[:, :1]).all()
 
 
 def test_chunks_draw_their_own_noise_level_and_shared_levels_agree():
@@ -259,7 +272,7 @@ def test_chunks_draw_their_own_noise_level_and_shared_levels_agree():
     sigma = streams["video"].sigma_BN.unflatten(1, (5, -1))
     assert (sigma[:, 0] == sigma[:, 1]).all()
     assert (sigma[:, 1] != sigma[:, 2]).all()
-    assert layout.num_draws == 3
+    assert video(layout).num_draws == 3
     teacher, tf_streams = streams_of(Chunks(2, forcing="teacher"), geo, text(), given(geo))
     tf_sigma = tf_streams["video"].sigma_BN.unflatten(1, (10, -1))
     assert (tf_sigma[:, :5] == 0).all()
@@ -283,7 +296,7 @@ def test_teacher_forcing_rejects_nothing_when_unwindowed():
     mask, _ = rules(Chunks(2, forcing="teacher"), geometry((5,)), text())
     assert mask.any(-1).all()
     assert isinstance(
-        Chunks(2, forcing="teacher").layout(geometry(), text(), given(geometry())).visibility, TeacherForcing
+        lay(Chunks(2, forcing="teacher"), geometry(), text(), given(geometry())).visibility, TeacherForcing
     )
     assert same_scene_or_both_video.whole_frames
 
@@ -294,6 +307,6 @@ def test_stages_are_the_chunks(frames, first_alone):
     plan = Chunks(frames=3, first_alone=first_alone)
     geo = geometry((frames,))
     chunk_F = plan.chunk_of(frames)
-    stages = plan.stages(geo)
-    assert [chunk_F[stage].unique().tolist() for stage in stages] == [[n] for n in range(len(stages))]
-    assert sum(len(chunk_F[stage]) for stage in stages) == frames
+    parts = stages(plan, geo)
+    assert [chunk_F[stage].unique().tolist() for stage in parts] == [[n] for n in range(len(parts))]
+    assert sum(len(chunk_F[stage]) for stage in parts) == frames

@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cached import make_clip
+from laid import lay, levels_of, read_video, sampled
 from motionloom.backbones import FAMILIES
 from motionloom.cli.assemble import (
     load_model,
@@ -42,7 +43,7 @@ from motionloom.errors import UserError
 from motionloom.flow import DiscretePrediction, state_norm
 from motionloom.generate import Model
 from motionloom.nn.patching import patchify, unpatchify
-from motionloom.plans import Text, read_video, to_streams_at
+from motionloom.plans import NOTHING, Text
 from motionloom.rng import torch_generator
 from motionloom.text import cached_text_encoder
 from motionloom.train import checkpoint
@@ -240,14 +241,13 @@ def text_length(model: Model) -> int:
 def ours(model: Model, question: Question) -> Tensor:
     """The velocity (B, F, H, W, C) by our backbone."""
     frames, height, width = model.clip_shape
-    geometry = model.geometry(frames, height, width, model.fps, [question.x_BFHWC.shape[1]], batch=2)
+    geometry = model.geometry([frames], height, width, model.fps, batch=2)
     valid = torch.ones(question.text_BLC.shape[:2], dtype=torch.bool)
     text = Text(question.text_BLC, valid, torch.zeros(1, valid.shape[1], dtype=torch.long))
-    given = torch.zeros(2, geometry.grid[0], dtype=torch.bool)
-    layout = model.plan.layout(geometry, text, given)
+    layout = lay(model.plan, geometry, text, NOTHING)
     x_BFSC = patchify(question.x_BFHWC, model.patch)
-    levels = layout.levels(torch.full((2, layout.num_draws), SIGMA))
-    streams = to_streams_at(layout, torch.zeros_like(x_BFSC), x_BFSC, levels, text)
+    levels = levels_of(layout, torch.full((2, 8), SIGMA))
+    streams = sampled(layout, torch.zeros_like(x_BFSC), x_BFSC, levels, text)
     v_BNC = model.predictor.velocity(streams, layout.visibility)["video"]
     return unpatchify(read_video(layout, v_BNC), geometry.grid, model.patch)
 

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 from motionloom.data.manifest import read_manifest
-from motionloom.data.media import read_clip
+from motionloom.data.media import read_clip, read_sound, write_video
 from motionloom.data.shapeworld import (
     COLORS,
     MOTIONS,
     PRESETS,
+    REFERENCES,
     SHAPES,
     Attributes,
     ClipSpec,
@@ -26,20 +27,26 @@ from motionloom.data.shapeworld import (
     adherence,
     caption,
     facts,
+    facts_of,
     find_cuts,
     hear,
     oracle,
     parse,
     prompt,
+    random_mask,
+    reference_caption,
+    reference_video,
     render,
     render_video,
     sample_story,
     scene_captions,
+    sound_agrees,
     story_caption,
+    swapped,
     write_dataset,
 )
 from motionloom.data.shapeworld.captions import TEMPLATES, word
-from motionloom.data.shapeworld.sound import pitch
+from motionloom.data.shapeworld.sound import pitch, synthesize
 from motionloom.data.shapeworld.spec import bounce_times, trajectory
 from motionloom.errors import UserError
 from motionloom.rng import numpy_rng
@@ -432,6 +439,203 @@ def test_silence_has_no_pitch() -> None:
     assert len(heard.clicks) == 0
 
 
+# Sound held against the picture
+
+
+def bouncing(count: int) -> list[ClipSpec]:
+    found = (World.modes().sample(3, i, "all") for i in range(40 * count))
+    return [spec for spec in found if spec.objects[0].motion == "bounce"][:count]
+
+
+def test_real_clips_sound_as_they_look(tmp_path: Path) -> None:
+    world, correlations = World.modes(), []
+    for spec in [world.sample(3, i, "all") for i in range(30)] + bouncing(10):
+        clip = render(spec)
+        agrees = sound_agrees(clip.video_FHW3, clip.sound, clip.sample_rate, spec.fps, world)
+        assert agrees.clicks_right, caption(spec)
+        assert agrees.error is not None
+        assert agrees.error < 0.02
+        moves = spec.objects[0].motion in ("up", "down", "bounce")
+        assert (agrees.correlation is not None) == moves
+        if agrees.correlation is not None:
+            correlations.append(agrees.correlation)
+    assert len(correlations) > 15
+    assert min(correlations) > 0.99
+    spec = bouncing(1)[0]
+    clip = render(spec)
+    path = write_video(
+        tmp_path / "a.mp4", clip.video_FHW3, spec.fps, sound=clip.sound, sample_rate=16_000, quality=60
+    )
+    file = sound_agrees(read_clip(path).video_FHW3, read_sound(path, 16_000), 16_000, spec.fps, world)
+    assert file.clicks_right
+    assert file.correlation is not None
+    assert file.correlation > 0.99
+
+
+def test_sound_of_another_clip_is_told_apart() -> None:
+    world = World.modes()
+    for spec, other in zip(bouncing(8), bouncing(16)[8:], strict=True):
+        video, clip = render_video(spec), render(other)
+        agrees = sound_agrees(video, clip.sound, clip.sample_rate, spec.fps, world)
+        assert agrees.correlation is not None
+        assert agrees.correlation < 0.95
+    up, down = (one("star", "red", "large", motion) for motion in ("up", "down"))
+    crossed = sound_agrees(render_video(up), render(down).sound, 16_000, up.fps)
+    assert crossed.correlation is not None
+    assert crossed.correlation < -0.9
+
+
+def test_clicks_too_many_too_few_and_too_late_are_counted() -> None:
+    spec = next(s for s in bouncing(20) if 0.3 < bounce_times(s.objects[0])[0] < 0.45)
+    video, clip = render_video(spec), render(spec)
+    rate, touches = clip.sample_rate, bounce_times(spec.objects[0]) * (spec.frames - 1) / spec.fps
+    inside = [t for t in touches if 1 / spec.fps < t < (spec.frames - 2) / spec.fps]
+    silent = synthesize((replace(spec, objects=(replace(spec.objects[0], motion="still"),)),), rate)
+    missing = sound_agrees(video, silent, rate, spec.fps)
+    assert (missing.bounces, missing.clicks, missing.matched) == (len(inside), 0, 0)
+    assert missing.correlation == pytest.approx(0.0, abs=0.5)
+
+    def shifted(seconds: float) -> np.ndarray:
+        return np.roll(clip.sound, round(seconds * rate), axis=1)
+
+    for seconds, right in ((0.8 / spec.fps, True), (-0.8 / spec.fps, True), (1.6 / spec.fps, False)):
+        late = sound_agrees(video, shifted(seconds), rate, spec.fps)
+        assert late.clicks_right == right, seconds
+    extra = clip.sound.copy()
+    at = round((touches[0] + 0.3) * rate)
+    extra[:, at : at + 100] += 0.5 * np.sin(2 * np.pi * 3500 * np.arange(100) / rate).astype(np.float32)
+    wrong = sound_agrees(video, extra, rate, spec.fps)
+    assert wrong.clicks == wrong.bounces + 1 == wrong.matched + 1
+
+
+def test_where_nothing_is_seen_or_heard_nothing_agrees() -> None:
+    spec = bouncing(1)[0]
+    clip = render(spec)
+    blank = sound_agrees(np.zeros_like(clip.video_FHW3), clip.sound, 16_000, spec.fps)
+    assert (blank.bounces, blank.matched, blank.correlation, blank.error) == (0, 0, None, None)
+    assert blank.clicks > 0
+    mute = sound_agrees(clip.video_FHW3, np.zeros((1, 100), np.float32), 16_000, spec.fps)
+    assert mute.bounces > 0
+    assert not mute.clicks_right
+    quiet = sound_agrees(clip.video_FHW3, np.zeros_like(clip.sound), 16_000, spec.fps)
+    assert quiet.correlation == 0.0
+
+
+# What stands beside a clip
+
+
+def test_a_swap_differs_in_colour_alone() -> None:
+    world = World.modes()
+    for split in ("train", "test"):
+        for index in range(30):
+            spec = world.sample(0, index, split)
+            other = swapped(spec, world)
+            assert other.objects[0].color != spec.objects[0].color
+            back = replace(other.objects[0], color=spec.objects[0].color)
+            assert replace(other, objects=(back,)) == spec
+            assert other.objects[0].attributes.combination in world.combinations("train")
+            np.testing.assert_array_equal(reference_video(spec, "swap", world), render_video(other))
+            seen = oracle(reference_video(spec, "swap", world), world).objects[0].attributes
+            assert seen == other.objects[0].attributes
+
+
+def test_edges_show_shape_and_place_but_no_colour() -> None:
+    world = World.modes()
+    red = one("square", "red", "large", "left", pixels=64)
+    blue = replace(red, objects=(replace(red.objects[0], color="blue"),), background="light")
+    lines = reference_video(red, "edges", world)
+    np.testing.assert_array_equal(lines, reference_video(blue, "edges", world))
+    assert np.ptp(lines, axis=-1).max() == 0
+    assert lines.max() == 255
+    x0, y0, x1, y1 = render(red).boxes_FN4[3, 0].astype(int)
+    at = np.argwhere(lines[3, ..., 0] > 127)
+    assert np.abs(at.min(axis=0) - (y0, x0)).max() <= 1
+    assert np.abs(at.max(axis=0) - (y1 - 1, x1 - 1)).max() <= 1
+    inside = lines[3, y0 + 3 : y1 - 3, x0 + 3 : x1 - 3]
+    assert inside.max() == 0
+
+
+def test_small_references_are_the_mean_of_four_pixels() -> None:
+    spec = World.modes().sample(0, 0)
+    video = render_video(spec).astype(float)
+    small = reference_video(spec, "small", World.modes())
+    assert small.shape == (17, 16, 16, 3)
+    assert np.abs(small[5, 3, 7] - video[5, 6:8, 14:16].mean(axis=(0, 1))).max() <= 0.5
+    with pytest.raises(UserError, match="33x32 has no half"):
+        reference_video(replace(spec, height=33), "small", World.modes())
+
+
+def test_captions_leave_to_the_reference_what_it_shows() -> None:
+    world = World.modes()
+    hidden = {*world.shapes, *world.sizes, "left", "right", "up", "down"} | {"bounces", "bouncing", "moves"}
+    wordings: dict[str, set[str]] = {kind: set() for kind in REFERENCES}
+    for index in range(60):
+        spec = world.sample(0, index)
+        for kind in ("swap", "edges"):
+            words = reference_caption(spec, kind).replace(",", "").replace(":", "").split()  # type: ignore[arg-type]
+            assert spec.objects[0].color in words
+            assert not hidden & set(words)
+            assert (spec.background in words) == (kind == "edges")
+            wordings[kind].add(
+                " ".join(w for w in words if w not in (spec.objects[0].color, spec.background))
+            )
+        assert reference_caption(spec, "small") == caption(spec)
+    assert len(wordings["swap"]) == len(wordings["edges"]) == 3
+
+
+def test_masks_are_black_and_white_and_differ() -> None:
+    given = []
+    for index in range(60):
+        mask = random_mask(17, 32, 32, 0, index, "train")
+        np.testing.assert_array_equal(mask, random_mask(17, 32, 32, 0, index, "train"))
+        assert mask.shape == (17, 32, 32, 3)
+        assert set(np.unique(mask)) == {0, 255}
+        given.append((mask > 0).mean())
+    assert min(given) < 0.2
+    assert max(given) > 0.8
+    assert len(set(given)) > 40
+
+
+def test_a_world_can_be_narrowed_and_keeps_its_split() -> None:
+    world = World.modes()
+    for split in ("train", "test"):
+        part = world.narrowed({"motion": ["up", "bounce"], "color": ["red", "blue"], "size": ["large"]})
+        wanted = {
+            t for t in world.combinations(split) if t[2] in ("up", "bounce") and t[1] in ("red", "blue")
+        }
+        assert set(part.combinations(split)) == wanted
+        specs = [part.sample(0, i, split) for i in range(30)]
+        assert {spec.objects[0].size for spec in specs} == {"large"}
+        assert {spec.objects[0].attributes.combination for spec in specs} <= wanted
+    hearts = world.narrowed({"shape": ["heart"]})
+    assert {hearts.sample(0, i).objects[0].shape for i in range(20)} == {"heart"}
+    assert {color for _, color, _ in hearts.combinations("train")} == set(world.colors)
+    assert oracle(render_video(hearts.sample(0, 1)), hearts).objects[0].attributes.shape == "heart"
+    assert world.narrowed({}) == world
+
+
+@pytest.mark.parametrize(
+    "only, said",
+    [
+        ({"shape": ["blob"]}, "shapes=.*blob"),
+        ({"weight": ["heavy"]}, "weight: narrow by one of shape, color"),
+    ],
+)
+def test_a_world_is_not_narrowed_by_what_it_cannot_have(only: dict[str, list[str]], said: str) -> None:
+    with pytest.raises(UserError, match=said):
+        World.modes().narrowed(only)
+
+
+def test_a_split_that_is_left_empty_is_said() -> None:
+    shape, color, motion = World.modes().combinations("test")[0]
+    part = World.modes().narrowed({"shape": [shape], "color": [color], "motion": [motion]})
+    assert part.sample(0, 0, "test").objects[0].attributes.combination == (shape, color, motion)
+    with pytest.raises(UserError, match="too few combinations are left in the train split"):
+        part.sample(0, 0, "train")
+    with pytest.raises(UserError, match="too few combinations"):
+        sample_story(part, 0, 0, "train")
+
+
 # On disk
 
 
@@ -481,3 +685,41 @@ def test_dataset_refuses_to_mix_worlds(tmp_path: Path) -> None:
     (tmp_path / "b" / "manifest.jsonl").write_text("{}\n")
     with pytest.raises(UserError, match="did not make"):
         write_dataset(tmp_path / "b", World.quickstart(), 1)
+
+
+@pytest.mark.parametrize("kind", REFERENCES)
+def test_dataset_with_references_and_masks(tmp_path: Path, kind: str) -> None:
+    world = World.modes()
+    manifest = write_dataset(tmp_path, world, 3, references=kind, masks=True, sound=True)  # type: ignore[arg-type]
+    entries, problems = read_manifest(manifest)
+    assert not list(problems)
+    for index, entry in enumerate(entries):
+        spec = world.sample(0, index)
+        assert entry.caption == reference_caption(spec, kind)  # type: ignore[arg-type]
+        assert facts_of(entry.attributes) == facts(spec)
+        assert entry.reference is not None
+        assert entry.mask is not None
+        reference = read_clip(entry.reference).video_FHW3
+        wanted = reference_video(spec, kind, world)  # type: ignore[arg-type]
+        assert reference.shape == wanted.shape
+        assert np.abs(reference.astype(int) - wanted).mean() < 8
+        mask = read_clip(entry.mask).video_FHW3
+        np.testing.assert_array_equal(mask, random_mask(17, 32, 32, 0, index, "train"))
+        assert np.abs(read_sound(entry.reference, 16_000) - read_sound(entry.path, 16_000)).max() < 1e-6
+        assert (entry.captions == ()) or kind == "small"
+    with pytest.raises(UserError, match="another world"):
+        write_dataset(tmp_path, world, 3, sound=True)
+
+
+def test_references_of_stories_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="references=swap: use swap, edges, small, with one scene"):
+        write_dataset(tmp_path, World.modes(), 1, scenes=2, references="swap")
+
+
+def test_a_folder_from_before_there_was_a_choice_is_continued(tmp_path: Path) -> None:
+    write_dataset(tmp_path, World.quickstart(), 1)
+    mark = json.loads((tmp_path / "shapeworld.json").read_text())
+    assert mark.keys() == {"world", "seed", "split", "scenes", "lengths", "sound", "quality"}
+    assert "only" not in mark["world"]
+    write_dataset(tmp_path / "narrow", World.quickstart().narrowed({"color": ["red"]}), 1)
+    assert json.loads((tmp_path / "narrow" / "shapeworld.json").read_text())["world"]["only"]

@@ -11,15 +11,14 @@ import torch
 import torch._dynamo.testing
 from torch import Tensor, nn
 
+from laid import EXPAND, FIRST_FRAME, lay, noised, read_video, video
 from motionloom.backbones.wan import ORIGINAL_KEYS, PRESETS, Wan, WanSizes
 from motionloom.errors import UserError
-from motionloom.flow import LINEAR
 from motionloom.nn.attention import pinned
 from motionloom.nn.modulation import at_levels, per_token
 from motionloom.nn.patching import patchify
 from motionloom.plans import (
     Chunks,
-    FirstFrame,
     Geometry,
     Layout,
     Plan,
@@ -29,8 +28,6 @@ from motionloom.plans import (
     TextToVideo,
     Visibility,
     full,
-    read_video,
-    to_streams,
 )
 from motionloom.plans.stream import Stream
 from motionloom.rng import torch_generator
@@ -46,8 +43,8 @@ KINDS = {
 }
 PLANS: dict[str, Plan] = {
     "text_to_video": TextToVideo(),
-    "first_frame": FirstFrame(1.0),
-    "scenes": Scenes(1.0),
+    "first_frame": FIRST_FRAME,
+    "scenes": Scenes(EXPAND),
     "diffusion forcing": Chunks(2),
     "teacher forcing": Chunks(2, window=2, sinks=1, forcing="teacher"),
 }
@@ -337,13 +334,11 @@ class Clip:
     """(B, 10, C), the same number for each scene."""
 
     def streams(self, plan: Plan, sizes: WanSizes) -> tuple[Layout, Streams]:
-        layout = plan.layout(
-            self.geometry, self.text, plan.draw_given(self.geometry, torch_generator("given"))
-        )
-        levels = layout.levels(self.sigma[:, : layout.num_draws])
-        streams = dict(to_streams(layout, self.clean, self.noise, levels, self.text, LINEAR.mix))
+        layout = lay(plan, self.geometry, self.text)
+        streams = noised(layout, self.clean, self.noise, self.sigma, self.text)
+        levels = streams["video"].sigma_BK
         if sizes.extra_channels:
-            extra = self.extra[:, layout.frame_T].flatten(1, 2)
+            extra = self.extra[:, video(layout).frame_T].flatten(1, 2)
             streams["video"] = replace(streams["video"], extra_BNC=extra)
         if sizes.image_dim is not None:
             scene_S = self.text.scene_BL[:, ::WORDS]
@@ -365,7 +360,7 @@ def clip(scene_frames: tuple[int, ...] = (5,), dtype: torch.dtype = torch.float3
     valid = torch.ones(2, scenes * WORDS, dtype=torch.bool)
     valid[0, -1] = False
     return Clip(
-        geometry=Geometry((frames, 2, 3), seconds, (16.0, 16.0), scene_F[None], 2),
+        geometry=Geometry((frames, 2, 3), seconds, (16.0, 16.0), scene_F[None], 2, scenes=scenes),
         text=Text(draw(2, scenes * WORDS, 7).to(dtype), valid, scene_L[None]),
         clean=draw(2, frames, 6, 12, key="clean").to(dtype),
         noise=draw(2, frames, 6, 12, key="noise").to(dtype),
@@ -573,9 +568,7 @@ def test_generation_from_clean_chunks_equals_teacher_forcing(positions):
     calls: list[int] = []
     model.condition_embedder.text_embedder.register_forward_hook(lambda *_: calls.append(1))
     # A cache sees its own chunks only; which of them a chunk may see is the same rule without the copies.
-    rule = (
-        Chunks(1, window=2, sinks=1).layout(layout.geometry, clip().text, layout.given_BT[:, :5]).visibility
-    )
+    rule = lay(Chunks(1, window=2, sinks=1), video(layout).geometry, clip().text).visibility
     cache = model.new_cache(window=2, sinks=1, positions=positions)
     same = []
     with torch.no_grad():
@@ -610,7 +603,7 @@ def test_a_new_model_answers_zero_and_draws_from_its_generator_alone(kind):
     assert torch.equal(torch.get_rng_state(), state)
     seen: list[Tensor] = []
     models[0].blocks()[0].register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    assert not clip().run(models[0], FirstFrame(1.0)).any()
+    assert not clip().run(models[0], FIRST_FRAME).any()
     assert 0.5 < seen[0].std() < 1.5
     first, again, other = (model.state_dict() for model in models)
     assert all(t.isfinite().all() and torch.equal(t, again[name]) for name, t in first.items())

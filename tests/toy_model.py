@@ -18,15 +18,12 @@ from motionloom.rng import torch_generator
 BACKBONES = ("joint", "factorized")
 PLANS: dict[str, dict[str, Any]] = {
     "text_to_video": {"type": "text_to_video"},
-    "first_frame": {"type": "first_frame"},
-    "scenes": {"type": "scenes"},
+    "first_frame": {"conditions": [{"type": "first_frame", "probability": 0.5}]},
+    "scenes": {"type": "scenes", "conditions": [{"type": "scene", "probability": 0.5}]},
     "chunks": {"type": "chunks", "frames": 1, "window": 2, "sinks": 1},
     "teacher": {"type": "chunks", "frames": 2, "forcing": "teacher"},
 }
 """Plan sections by a name for tests; ``teacher`` is ``chunks`` with the clean past in front."""
-
-KNOWING = tuple(name for name in PLANS if name != "text_to_video")
-"""The plans that know given frames."""
 
 
 def toy_recipe(backbone: str = "joint", plan: str = "text_to_video", **sections: dict[str, Any]) -> Recipe:
@@ -65,6 +62,7 @@ class Altered(nn.Module):
     def __init__(self, backbone: Any, change: Change) -> None:
         super().__init__()
         self.backbone, self.change, self.patch = backbone, change, backbone.patch
+        self.modalities = backbone.modalities
 
     def forward(self, streams: Streams, visibility: Visibility) -> dict[str, Tensor]:
         return self.backbone(*self.change(streams, visibility))

@@ -24,10 +24,9 @@ from motionloom.config.recipe import Recipe
 from motionloom.data.batch import Batch, Latents
 from motionloom.methods import Denoise
 from motionloom.parallel import Gradients, Ranks, clip_, grad_norm, parallelize, start_ranks, whole
-from motionloom.plans import PLANS, Streams, Visibility
+from motionloom.plans import PLANS, Conditions, Streams, Visibility
 from motionloom.rng import numpy_rng, torch_generator
 from motionloom.text.hash import HashEncoder
-from motionloom.tokenizers.base import TokenizerSpec
 from motionloom.train import Losses, Progress, StepContext, Trainer
 from motionloom.train.lora import add_lora
 from motionloom.train.optim import adamw
@@ -41,7 +40,8 @@ CAPTIONS = ("red square", "blue square", "red circle", "a slow blue circle")
 
 def toy_recipe(**train: Any) -> Recipe:
     """A small recipe; keywords go to ``train``, those with two underscores to their section."""
-    tree: dict[str, Any] = {"seed": 3, "plan": {"type": "first_frame"}, "train": {}}
+    first_frame = {"type": "first_frame", "probability": 0.5}
+    tree: dict[str, Any] = {"seed": 3, "plan": {"conditions": [first_frame]}, "train": {}}
     defaults = {"batch_size": 4, "lr": 3e-3, "precision": "fp32", "max_steps": 60, "weight_decay": 0.1}
     for key, value in {**defaults, "log_every_steps": 1, "save_every_steps": 1000, **train}.items():
         section, _, name = key.rpartition("__")
@@ -195,8 +195,8 @@ def toy_denoise(recipe: Recipe, ranks: Ranks) -> Denoise:
     parallelize(
         {"backbone": backbone, "text_encoder": text}, ranks, recipe.train.sharding, recipe.train.compile
     )
-    plan = PLANS[recipe.plan.type]()
-    return Denoise(recipe, backbone, plan, TokenizerSpec(CHANNELS, 8, 4), text)
+    plan = PLANS[recipe.plan.type](conditions=Conditions(recipe.plan.conditions, recipe.plan.choose))
+    return Denoise(recipe, backbone, plan, text)
 
 
 def toy_lora(backbone: ToyBackbone, recipe: Recipe) -> None:

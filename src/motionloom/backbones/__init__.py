@@ -87,8 +87,8 @@ def build_backbone(
     else:
         if config.audio_dim and not audio_channels:
             raise UserError(
-                f"model.audio_dim is {config.audio_dim}, but there is no sound to read: set audio.enabled, or "
-                "model.audio_dim: 0"
+                f"model.audio_dim is {config.audio_dim}, but there is no sound to read: set "
+                "audio.enabled: true, or model.audio_dim: 0"
             )
         sound = {"audio_channels": audio_channels} if config.audio_dim else {}
         # Layers draw initial weights from the global generator; on the meta device they draw nothing.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from motionloom.flow import Perturbation as Perturbation
@@ -44,6 +45,10 @@ class Growing(Protocol):
 
     def grown(self) -> frozenset[str]:
         """Names of the tensors that such weights lack. They keep the values of ``init_weights``."""
+        ...
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Every weight anew."""
         ...
 
 

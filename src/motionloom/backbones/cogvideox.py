@@ -352,15 +352,16 @@ def _in_table(video: Stream, grid: tuple[int, int, int]) -> Tensor:
     # Counted by cells, not by the grid: copies of a frame stand where the frame does.
     given = (index_BN3.amax(dim=(0, 1)) + 1).tolist()
     sized = all((count == n).all() for count, n in zip(_rows_and_columns(video), grid[1:], strict=True))
-    if not sized or index_BN3.min() < 0 or any(n > most for n, most in zip(given, grid, strict=True)):
+    if not sized or any(n > most for n, most in zip(given, grid, strict=True)):
         raise UserError(
             f"this cogvideox has learned positions for up to {' x '.join(map(str, grid))} tokens (frames, "
             f"rows, columns) and is given {' x '.join(f'{n:g}' for n in given)}: choose its size"
         )
     whole_BN3 = index_BN3.long()
-    if (whole_BN3 != index_BN3).any():
+    if (whole_BN3 != index_BN3).any() or (whole_BN3 < 0).any():
         raise UserError(
-            "this cogvideox has learned positions, and none between two frames: let scenes jump by whole ones"
+            "this cogvideox has learned positions, none of them between two frames or before the first: let "
+            "scenes jump by whole frames"
         )
     return whole_BN3
 

@@ -108,8 +108,10 @@ class Joint(nn.Module):
             self.audio_entry = SoundEntry(audio_channels, text_dim, audio_dim)
             self.audio_noise = NoiseModulation(audio_dim, PARTS + 2)
             self.audio_exit = Exit(audio_dim, audio_channels)
-            crossing = {m: NoiseModulation(d, ASKS + OFFERS) for m, d in (("video", dim), ("audio", audio_dim))}
-            self.audio_cross_noise = nn.ModuleDict(crossing)
+            widths = {"video": dim, "audio": audio_dim}
+            self.audio_cross_noise = nn.ModuleDict(
+                {modality: NoiseModulation(width, ASKS + OFFERS) for modality, width in widths.items()}
+            )
 
     def blocks(self) -> list[nn.Module]:
         """The transformer blocks in order."""
@@ -218,10 +220,14 @@ class Joint(nn.Module):
         levels, dtype = sigma_BK.shape[1], self.entry.video.weight.dtype
         one_hot_BNK = one_hot_levels(level_BN, levels, dtype)
         if modality == "video":
-            assert text is None or text.sigma_BK.shape == sigma_BK.shape, "words count the video's levels"
             text_BKPD, own_BKPD, exit_BK2D = self.noise(sigma_BK).split([PARTS, PARTS, 2], dim=2)
-            text_level_BL = level_BN[:, :0] if text is None else text.level_BN
-            text_one_hot_BLK = one_hot_levels(text_level_BL, levels, dtype)
+            if text is None:
+                text_one_hot_BLK = one_hot_levels(level_BN[:, :0], levels, dtype)
+            else:
+                # Words count the video's levels, or have their own.
+                if text.sigma_BK is not sigma_BK:
+                    text_BKPD = self.noise(text.sigma_BK)[:, :, :PARTS]
+                text_one_hot_BLK = one_hot_levels(text.level_BN, text.sigma_BK.shape[1], dtype)
         else:
             own_BKPD, exit_BK2D = self.audio_noise(sigma_BK).split([PARTS, 2], dim=2)
             text_BKPD, text_one_hot_BLK = torch.zeros_like(own_BKPD[:1, :1]), None

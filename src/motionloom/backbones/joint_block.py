@@ -136,7 +136,8 @@ class Block(nn.Module):
         q, k, values = (t.transpose(1, 2) for t in (q, k, values))
         mixed_BJD = join_heads(attend(q, k, values, given.mask))
         if given.skip_self:
-            mixed_BJD = torch.cat([mixed_BJD[:, : given.context.words], v[:, given.context.words :].flatten(2)], dim=1)
+            words = given.context.words
+            mixed_BJD = torch.cat([mixed_BJD[:, :words], v[:, words:].flatten(2)], dim=1)
         return self.out(mixed_BJD), own
 
 
@@ -160,9 +161,7 @@ class Crossing(nn.Module):
         fill(0.0, self.ask_table_PD, self.offer_table_PD)
         self.norm.init_weights()
 
-    def forward(
-        self, x_BND: Tensor, other_BMD: Tensor, asker: Cross, answerer: Cross
-    ) -> tuple[Tensor, Pair]:
+    def forward(self, x_BND: Tensor, other_BMD: Tensor, asker: Cross, answerer: Cross) -> tuple[Tensor, Pair]:
         """What the answers add to ``x``; beside it what was offered, keys unrotated, and values."""
         asked_BKPD = asker.modulation_BKPD[:, :, :ASKS] + self.ask_table_PD
         offered_BKPD = answerer.modulation_BKPD[:, :, ASKS:] + self.offer_table_PD

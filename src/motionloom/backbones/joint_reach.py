@@ -191,4 +191,3 @@ def standing(modality: str, position_BN3: Tensor, head_dim: int) -> Rotary:
 def _by_seconds(position_BN3: Tensor, head_dim: int) -> Rotary:
     cos, sin = rotary(position_BN3[..., :1], (SOUND,), head_dim)
     return cos[:, :, None], sin[:, :, None]
-

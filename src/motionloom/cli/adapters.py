@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import nn
 
+from motionloom.backbones.growing import branches, lacking, with_first_values
 from motionloom.backbones.keys import Piece
 from motionloom.backbones.weights import Weights
 from motionloom.config import Recipe, load_recipe
@@ -57,28 +59,40 @@ def adapt(
         UserError: as :func:`add_adapters`.
     """
     base = ranks.main_does(lambda: fingerprint(weights, weights.read))
-    targets, parts = add_adapters(modules, recipe, base_dtype)
     backbone = modules["backbone"]
-    renamed = {now: (Piece(before),) for before, now in base_names(backbone).items() if before in weights}
-    return Adapted(weights.under_names(renamed), adapter_names(backbone), base, targets, parts)
+    whole = with_first_values(backbone, weights, torch_generator(recipe.seed, "weights"))
+    targets, parts = add_adapters(modules, recipe, weights, base_dtype)
+    renamed = {now: (Piece(before),) for before, now in base_names(backbone).items() if before in whole}
+    return Adapted(whole.under_names(renamed), adapter_names(backbone), base, targets, parts)
 
 
 def add_adapters(
-    modules: Mapping[str, nn.Module], recipe: Recipe, base_dtype: torch.dtype | None = None
+    modules: Mapping[str, nn.Module],
+    recipe: Recipe,
+    weights: Weights | None,
+    base_dtype: torch.dtype | None = None,
 ) -> tuple[tuple[Target, ...], tuple[Target, ...]]:
     """The recipe's adapters and parts; a row of each pattern of ``lora.targets``, and of ``lora.parts``.
 
+    What of the backbone the base lacks (``backbones.growing``) is trained whole in any case.
+
+    Args:
+        weights: the base's; None where they are not there to be looked at.
+
     Raises:
-        UserError: as ``train.lora.add_lora`` and ``train.parts.beside_adapters``.
+        UserError: as ``train.lora.add_lora`` and ``train.parts.beside_adapters``; or an adapter of what the
+            base lacks.
     """
     config, backbone = recipe.lora, modules["backbone"]
     new = [name for name, module in modules.items() if name != "backbone" and _trains(module)]
     chosen = choose_modules(backbone, config.targets)
     adapted = [name for pattern, taken in chosen.items() if pattern[0] != "!" for name in taken]
     parts = beside_adapters(modules, config.parts, adapted)
-    whole = {name.removeprefix("backbone.") for taken in parts.values() for name in taken}
+    grown = _grown(backbone, weights, adapted)
+    whole = {name.removeprefix("backbone.") for taken in (*parts.values(), *grown.values()) for name in taken}
     targets = add_lora(backbone, config, torch_generator(recipe.seed, "lora"), base_dtype, whole)
     rows = train_parts(modules, parts)
+    rows += train_parts(modules, {**grown})
     named = {module for row in rows for module in row.modules}
     # A table of words that is new beside published weights is trained in any case.
     for name in new:
@@ -87,6 +101,25 @@ def add_adapters(
             count = sum(p.numel() for p in modules[name].parameters())
             rows.append(Target(name, owners, count))
     return tuple(targets), tuple(rows)
+
+
+def _grown(
+    backbone: nn.Module, weights: Weights | None, adapted: Sequence[str]
+) -> dict[str, tuple[str, ...]]:
+    """What the base lacks, by branch. Raises UserError where ``adapted`` layers are among it."""
+    names = list(backbone.state_dict())
+    new = lacking(backbone, weights) if weights is not None else frozenset()
+    found: dict[str, tuple[str, ...]] = {}
+    for branch in branches(new, names):
+        fits = re.compile(re.escape(branch).replace(r"\*", r"\d+") + r"(\.|$)").match
+        found[f"{branch} (new)"] = tuple(f"backbone.{name}" for name in names if name in new and fits(name))
+    if both := next((name for name in adapted if f"{name}.weight" in new), None):
+        last = dict.fromkeys(branch.rsplit(".", 1)[-1] for branch in branches(new, names) if "*" in branch)
+        raise UserError(
+            f"lora.targets takes {both}, which the base lacks and which is trained whole: put "
+            f"{', '.join(f'!{name}' for name in last)} first"
+        )
+    return found
 
 
 def _trains(module: nn.Module) -> bool:
@@ -140,6 +173,8 @@ def adapted_checkpoint(recipe: Recipe) -> Checkpoint | None:
             f"({theirs.lora.base or theirs.model.name_or_path}), and go on from it with train.init_from"
         )
     now, before = (r.model.model_dump(exclude=_FREE) for r in (recipe, theirs))
+    if not before["audio_dim"]:  # a base without sound grows by it
+        before["audio_dim"] = now["audio_dim"]
     if differ := [f"model.{key}={before[key]}" for key in now if now[key] != before[key]]:
         raise UserError(f"lora.base {recipe.lora.base} is of another model: set {' '.join(differ)}")
     return saved

@@ -13,6 +13,7 @@ from torch import nn
 
 from motionloom.backbones import FAMILIES, BackboneModule, backbone_sizes, build_backbone
 from motionloom.backbones.families import Sizes, SizesNote, recognise
+from motionloom.backbones.growing import with_first_values
 from motionloom.backbones.prediction import Predictor
 from motionloom.backbones.weights import Weights, load_into, open_weights
 from motionloom.cli.adapters import Adapted, adapt, adapted_checkpoint, same_tokenizer, with_whole_paths
@@ -28,7 +29,16 @@ from motionloom.plans import PLANS, Conditions, Plan
 from motionloom.rng import torch_generator
 from motionloom.text import build_text_encoder, cached_text_encoder, load_text_encoder
 from motionloom.text.base import TextEncoder
-from motionloom.tokenizers import Tokenizer, fit_tokenizer, load_tokenizer, open_tokenizer
+from motionloom.tokenizers import (
+    Tokenizer,
+    fit_audio_tokenizer,
+    fit_tokenizer,
+    load_audio_tokenizer,
+    load_tokenizer,
+    open_audio_tokenizer,
+    open_tokenizer,
+)
+from motionloom.tokenizers.audio import AudioTokenizer
 from motionloom.tokenizers.base import TokenizerSpec
 from motionloom.train import checkpoint
 from motionloom.train.checkpoint import Checkpoint, Saveable
@@ -113,15 +123,26 @@ def new_backbone(
     start = start or backbone_start(recipe)
     shapes = device == "meta" or start.weights is not None
     backbone = build_backbone(
-        recipe.model, spec.channels, text_dim, sizes=start.sizes, device="meta" if shapes else device
+        recipe.model,
+        spec.channels,
+        text_dim,
+        audio_channels=_audio_channels(recipe),
+        sizes=start.sizes,
+        device="meta" if shapes else device,
     )
     if device == "meta":
         return backbone
     if start.weights is not None:
-        load_into(backbone, start.weights, device=device)
+        generator = torch_generator(recipe.seed, "weights")
+        load_into(backbone, with_first_values(backbone, start.weights, generator), device=device)
     else:
         backbone.init_weights(torch_generator(recipe.seed, "weights"))
     return backbone
+
+
+def _audio_channels(recipe: Recipe) -> int:
+    """Channels of a latent of sound; 0 without sound."""
+    return recipe.audio.channels if recipe.audio.enabled else 0
 
 
 def recipe_spec(recipe: Recipe) -> TokenizerSpec:
@@ -178,6 +199,7 @@ class Parts:
     """With LoRA: what is trained, and on which base."""
     trained: tuple[Target, ...] = ()
     """With ``train.parts``: what they are."""
+    audio_tokenizer: AudioTokenizer | None = None
 
     def tokens_per_clip(self) -> int:
         """Video tokens of the longest clip."""
@@ -187,12 +209,21 @@ class Parts:
     def model(self) -> Model:
         """The model as it stands, for previews."""
         predictor = _predictor(self.recipe, self.backbone)
-        return Model(self.recipe, self.tokenizer, self.text_encoder, predictor, self.plan, self.ranks.device)
+        return Model(
+            self.recipe,
+            self.tokenizer,
+            self.text_encoder,
+            predictor,
+            self.plan,
+            self.ranks.device,
+            self.audio_tokenizer,
+        )
 
     def folders(self) -> dict[str, Saveable]:
         """What a checkpoint carries besides weights, to be opened without anything else."""
         note = {} if self.start.sizes is None else {"backbone": _note(self.recipe, self.start.sizes)}
-        return {"tokenizer": self.tokenizer, "text_encoder": self.text_encoder, **note}
+        sound = {} if self.audio_tokenizer is None else {"audio_tokenizer": self.audio_tokenizer}
+        return {"tokenizer": self.tokenizer, "text_encoder": self.text_encoder, **sound, **note}
 
     def trainer(
         self, run_dir: Path, reporter: Reporter | None = None, on_sample: OnSample | None = None
@@ -257,6 +288,7 @@ def assemble(recipe: Recipe, cache: Cache, ranks: Ranks) -> Parts:
         start,
         adapted,
         tuple(parts),
+        cache.audio_tokenizer() if recipe.audio.enabled else None,
     )
 
 
@@ -278,7 +310,17 @@ def fresh_model(recipe: Recipe, device: torch.device) -> Model:
     start = _thinned(recipe, backbone_start(recipe))
     backbone = new_backbone(recipe, tokenizer.spec, text_encoder.dim, start).to(device)
     predictor = _predictor(recipe, backbone)
-    return Model(recipe, tokenizer, text_encoder, predictor, build_plan(recipe), device)
+    plan, audio = build_plan(recipe), _fresh_audio(recipe) if recipe.audio.enabled else None
+    return Model(recipe, tokenizer, text_encoder, predictor, plan, device, audio)
+
+
+def _fresh_audio(recipe: Recipe) -> AudioTokenizer:
+    """The audio tokenizer that a recipe names, or one that is fitted on noise."""
+    if recipe.audio.name_or_path:
+        return open_audio_tokenizer(recipe.audio)
+    rate = recipe.audio.sample_rate
+    noise = torch.rand((16, 1, 4 * rate), generator=torch_generator(recipe.seed, "noise of sound"))
+    return fit_audio_tokenizer(recipe.audio, list(noise * 2 - 1), rate)
 
 
 def _thinned(recipe: Recipe, start: Start) -> Start:
@@ -403,8 +445,10 @@ def published_model(recipe: Recipe, name: str, device: str = "auto") -> Opened:
     load_weights(backbone, start.weights, Ranks(device=place))
     backbone.eval().requires_grad_(False)
     _move(place, tokenizer, text_encoder)
+    audio = open_audio_tokenizer(recipe.audio) if recipe.audio.enabled else None
+    _move(place, audio)
     predictor, plan = _predictor(recipe, backbone), build_plan(recipe)
-    return Opened(recipe, tokenizer, text_encoder, predictor, plan, place, start.weights)
+    return Opened(recipe, tokenizer, text_encoder, predictor, plan, place, audio, start.weights)
 
 
 def _held_in(recipe: Recipe) -> torch.dtype | None:
@@ -435,8 +479,14 @@ def load_model(
     tokenizer: Tokenizer = load_tokenizer(saved.folder / "tokenizer")
     text_encoder = load_text_encoder(saved.folder / "text_encoder")
     sizes = SizesNote.load(saved.folder / "backbone").sizes if recipe.model.imported else None
+    audio = load_audio_tokenizer(saved.folder / "audio_tokenizer") if recipe.audio.enabled else None
     backbone = build_backbone(
-        recipe.model, tokenizer.spec.channels, text_encoder.dim, sizes=sizes, device="meta"
+        recipe.model,
+        tokenizer.spec.channels,
+        text_encoder.dim,
+        audio_channels=_audio_channels(recipe),
+        sizes=sizes,
+        device="meta",
     )
     trained: dict[str, nn.Module] = {"backbone": backbone, **_trained(text_encoder)}
     weights = None
@@ -447,7 +497,7 @@ def load_model(
     elif recipe.train.parts:
         train_only(trained, recipe.train.parts)
     if not shapes_only:
-        _move(place, tokenizer, text_encoder)
+        _move(place, tokenizer, text_encoder, audio)
         fill(named_state(trained), saved.weights(ema=not raw), str(saved.folder))
     for module in (backbone, text_encoder):
         if isinstance(module, nn.Module):
@@ -456,7 +506,7 @@ def load_model(
                 module.requires_grad_(False)
     weights = weights or checkpoint_weights(saved, ema=not raw)
     predictor, plan = _predictor(recipe, backbone), build_plan(recipe)
-    return Opened(recipe, tokenizer, text_encoder, predictor, plan, place, weights)
+    return Opened(recipe, tokenizer, text_encoder, predictor, plan, place, audio, weights)
 
 
 def _add_adapters(

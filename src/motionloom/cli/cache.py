@@ -37,6 +37,7 @@ def run(recipe_name: str, manifest: Path, out: Path, overrides: list[str], as_js
             "encoded": report.encoded,
             "kept": report.kept,
             "skipped": problems.skipped + report.skipped.skipped,
+            "holds": list(report.holds),
             "problems": [*problems.lines()[:-1], *report.skipped.lines()[:-1]],
             "seconds": report.seconds,
             "notes": notes,

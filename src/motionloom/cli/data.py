@@ -19,6 +19,17 @@ def attribute_filter(keep: list[str]) -> dict[str, str]:
     return {key: value for key, _, value in pairs}
 
 
+def _alternatives(only: list[str]) -> dict[str, list[str]]:
+    """``["shape=heart", "color=red", "color=blue"]`` -> {"shape": ["heart"], "color": ["red", "blue"]}."""
+    found: dict[str, list[str]] = {}
+    for item in only:
+        key, equals, value = item.partition("=")
+        if not key or not equals:
+            raise UserError(f"--only {item}: write attribute=value, for instance shape=heart")
+        found.setdefault(key, []).append(value)
+    return found
+
+
 def shapeworld(
     out: Path,
     clips: int,
@@ -30,18 +41,26 @@ def shapeworld(
     split: str,
     scenes: int,
     sound: bool,
+    references: str | None,
+    masks: bool,
+    only: list[str],
     as_json: bool,
 ) -> None:
     """Write a ShapeWorld dataset."""
-    from motionloom.data.shapeworld import write_dataset
+    from motionloom.data.shapeworld import REFERENCES, write_dataset
+    from motionloom.data.shapeworld.beside import ReferenceKind
     from motionloom.data.shapeworld.spec import PRESETS, Split
 
     if world not in PRESETS:
         raise UserError(f"--world {world}: choose {', '.join(PRESETS)}")
     if split not in get_args(Split):
         raise UserError(f"--split {split}: choose train, test or all")
+    if references is not None and references not in REFERENCES:
+        raise UserError(f"--references {references}: choose {', '.join(REFERENCES)}")
     console = Out(as_json)
     made = replace(PRESETS[world](), frames=frames, height=size, width=size, fps=fps)
+    if only:
+        made = made.narrowed(_alternatives(only))
     with console.progress("clips") as advance:
         manifest = write_dataset(
             out,
@@ -51,6 +70,8 @@ def shapeworld(
             cast(Split, split),
             scenes=scenes,
             sound=sound,
+            references=cast(ReferenceKind | None, references),
+            masks=masks,
             on_progress=advance,
         )
     console.result({"manifest": str(manifest), "clips": clips}, [f"{clips} clips: {manifest}"])

@@ -1,111 +1,94 @@
-"""``motionloom generate``: prompts to clips."""
+"""``motionloom generate``: prompts, and whatever is given, to clips."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from motionloom.cli.console import Out, new_folder
 from motionloom.errors import UserError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from motionloom.generate import ClipRequest, Model
-
-SOLVERS = ("euler", "heun", "dpmpp_2m", "ddim")
-FORMATS = ("mp4", "webm", "webp", "gif", "png")
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What the command line asked for; None takes the recipe's value."""
-
-    prompts: tuple[str, ...]
-    steps: int | None
-    guidance: float | None
-    seed: int
-    negative: str
-    frames: int | None
-    size: str | None
-    first_frame: Path | None
-    solver: str | None
-    format: str
-
-
-def parse_size(size: str | None) -> tuple[int | None, int | None]:
-    """``"64"`` or ``"64x96"`` (height x width) -> (height, width)."""
-    if size is None:
-        return None, None
-    match = re.fullmatch(r"(\d+)(?:x(\d+))?", size)
-    if match is None or int(match[1]) == 0:
-        raise UserError(f"--size {size}: write one side or HEIGHTxWIDTH in pixels, for instance 64x96")
-    return int(match[1]), int(match[2] or match[1])
+    from motionloom.cli.request import Prepared
+    from motionloom.generate import Model
 
 
 def run(
     checkpoint: Path,
-    wish: Wish,
+    options: Mapping[str, Any],
+    request: Path | None,
     out: Path,
     raw: bool,
     device: str,
     as_json: bool,
     loras: Sequence[str] = (),
 ) -> None:
-    """Generate, write one file per prompt and a sheet of all.
+    """Generate: a file for every prompt, ``clips.json`` that says what each is, and a sheet of all.
 
     Args:
+        options: the tree of a request, from the command line; it goes before the file.
+        request: a file with one.
         loras: files to add, each with ``:strength`` or without.
     """
+    from motionloom.cli import written
     from motionloom.cli.assemble import open_model
     from motionloom.cli.lora import into_weights
-    from motionloom.data.media import write_video
-    from motionloom.data.sheets import contact_sheet
-    from motionloom.generate import ClipRequest, generate_clips, recipe_sampling
+    from motionloom.cli.request import prepare
+    from motionloom.config.request import parse_request, read_tree
 
-    if wish.format not in FORMATS:
-        raise UserError(f"--format {wish.format}: choose one of {', '.join(FORMATS)}")
-    if wish.solver is not None and wish.solver not in SOLVERS:
-        raise UserError(f"--solver {wish.solver}: choose one of {', '.join(SOLVERS)}")
-    height, width = parse_size(wish.size)
+    tree = joined(read_tree(request), options) if request is not None else options
+    wish = parse_request(tree, "" if request is None else str(request))
     console = Out(as_json)
     model = open_model(checkpoint, raw=raw, device=device, tell=console.note)
     into_weights(model, loras)
     new_folder(out)
-    sampling = recipe_sampling(model.recipe, steps=wish.steps, guidance=wish.guidance, solver=wish.solver)
-    request = ClipRequest(
-        wish.prompts,
-        wish.frames,
-        height,
-        width,
-        negative=wish.negative,
-        first_frames=_first_frames(model, wish, height, width),
-        seed=wish.seed,
-    )
-    if line := _larger_than_trained(model, request):
+    prepared = prepare(model, wish)
+    for line in filter(None, (*prepared.notes, _larger_than_trained(model, prepared))):
         console.note(line)
     with console.progress("solver steps, all clips") as advance:
-        clips = [clip.numpy() for clip in generate_clips(model, request, sampling, progress=advance)]
-    files = [out / f"{i:03d}_{slug(prompt)}.{wish.format}" for i, prompt in enumerate(wish.prompts)]
+        clips = list(prepared.run(model, advance))
+    names = written.titles(wish, prepared)
+    files = [out / f"{i:03d}_{written.slug(name)}.{wish.format}" for i, name in enumerate(names)]
+    fps = prepared.clips.fps or model.fps
     for clip, file in zip(clips, files, strict=True):
-        write_video(file, clip, model.fps)
-    sheet = contact_sheet(clips, wish.prompts, out / "sheet.png")
-    console.result(
-        {"clips": [str(file) for file in files], "sheet": str(sheet), "seed": wish.seed},
-        [*map(str, files), str(sheet)],
-    )
+        written.write_clip(file, clip, fps)
+    written.describe(out, files, wish, prepared, fps)
+    answer: dict[str, Any] = {"clips": [str(file) for file in files], "request": str(out / "clips.json")}
+    lines = list(answer["clips"])
+    if "video" in model.modalities:
+        answer["sheet"] = str(written.write_sheet(out / "sheet.png", clips, names, prepared))
+        lines.append(answer["sheet"])
+    console.result({**answer, "seed": wish.seed}, lines)
 
 
-def _larger_than_trained(model: Model, request: ClipRequest) -> str:
+def joined(file: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """A request file with what the command line says besides: its conditions come to those of the file, all
+    else takes their place."""
+    more = dict(options)
+    if isinstance(file.get("conditions"), list) and "conditions" in more:
+        more["conditions"] = [*file["conditions"], *more["conditions"]]
+    for section in ("guidance", "extend", "memory"):
+        if isinstance(file.get(section), dict) and isinstance(more.get(section), dict):
+            more[section] = file[section] | more[section]
+    if "prompt" in more or "prompts" in more:
+        file = {key: value for key, value in file.items() if key not in ("prompt", "prompts")}
+    return {**file, **more}
+
+
+def _larger_than_trained(model: Model, prepared: Prepared) -> str:
     """What a size beyond the trained one means, for whoever did not mean it; empty if it is none."""
+    if "video" not in model.modalities or prepared.in_rounds:
+        return ""
     usual_frames, usual_height, usual_width = usual = model.clip_shape
-    frames = request.frames or usual_frames
-    size = frames, request.height or usual_height, request.width or usual_width
-    tokens, trained = (math.prod(model.latent_grid(*s)) // math.prod(model.patch) for s in (size, usual))
+    request = prepared.clips
+    size = sum(prepared.shots), request.height or usual_height, request.width or usual_width
+    patch = math.prod(model.patch)
+    alone = prepared.shots if model.shots_alone(len(prepared.shots)) else size[:1]
+    tokens = sum(math.prod(model.latent_grid(frames, *size[1:])) for frames in alone) // patch
+    trained = math.prod(model.latent_grid(*usual)) // patch
     if tokens <= trained:
         return ""
     return (
@@ -115,28 +98,145 @@ def _larger_than_trained(model: Model, request: ClipRequest) -> str:
     )
 
 
-def slug(prompt: str) -> str:
-    """A prompt as a part of a file name."""
-    return re.sub(r"[^a-z0-9]+", "_", prompt.lower()).strip("_")[:48] or "empty"
+# Options
 
 
-def _first_frames(model: Model, wish: Wish, height: int | None, width: int | None) -> Tensor | None:
-    """The start of the given image or clip, once per prompt: the pixels of the first token frame."""
-    import torch
+def request_tree(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of the command line as the tree of a request; those that were not given are left out.
 
-    from motionloom.data.media import read_clip
+    Raises:
+        UserError: an option that is written wrongly, or that lacks the one it goes with.
+    """
+    tree: dict[str, Any] = {}
+    plain = ("negative", "frames", "size", "fps", "seed", "steps", "solver", "format", "prompts")
+    tree |= {key: options[key] for key in plain if options.get(key) not in (None, [], ())}
+    if len(tree.get("prompts", ())) == 1:
+        (tree["prompt"],) = tree.pop("prompts")
+    tree |= {"scenes": _scenes(options)} if options.get("scene") else {}
+    tree |= {"conditions": found} if (found := _conditions(options)) else {}
+    tree |= {"guidance": scales} if (scales := _scales(options)) else {}
+    if options.get("extend"):
+        tree["extend"] = {"frames": options["extend"]}
+        tree["extend"] |= {"direction": "backwards"} if options.get("backwards") else {}
+    elif options.get("backwards"):
+        raise UserError("--backwards says which way to extend: say how far as well, for instance --extend 16")
+    if options.get("memory"):
+        policy, _, keep = options["memory"].partition(":")
+        tree["memory"] = {"policy": policy} | ({"keep": _number("--memory", keep, int)} if keep else {})
+    for option in ("scene_frames", "scene_source"):
+        if options.get(option) and not options.get("scene"):
+            raise UserError(f"--{option.replace('_', '-')} is of scenes: list them with --scene as well")
+    return tree
 
-    if wish.first_frame is None:
-        return None
-    needed = model.tokenizer.spec.pixel_frames(model.patch[0])
-    _, usual_height, usual_width = model.clip_shape
-    size = (height or usual_height, width or usual_width)
-    clip = read_clip(wish.first_frame, size=size, background=model.recipe.preprocess.background)
-    pixels = torch.from_numpy(clip.video_FHW3[:needed])
-    if len(pixels) < needed:
-        if len(pixels) != 1:
-            raise UserError(
-                f"{wish.first_frame}: {len(pixels)} frames, the model's start is {needed}: give more"
-            )
-        pixels = pixels.expand(needed, -1, -1, -1)
-    return pixels[None].expand(len(wish.prompts), -1, -1, -1, -1).contiguous()
+
+def _scenes(options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    scenes: list[dict[str, Any]] = [{"caption": caption} for caption in options["scene"]]
+    lengths = list(options.get("scene_frames") or ())
+    if len(lengths) not in (0, 1, len(scenes)):
+        raise UserError(
+            f"--scene-frames stands {len(lengths)} times for {len(scenes)} scenes: once for all, or once each"
+        )
+    for scene, frames in zip(scenes, lengths * (len(scenes) if len(lengths) == 1 else 1), strict=False):
+        scene["frames"] = frames
+    for text in options.get("scene_source") or ():
+        number, path = _pair("--scene-source", text, "NUMBER=FILE, for instance 0=first.mp4")
+        index = _number("--scene-source", number, int)
+        if not 0 <= index < len(scenes):
+            raise UserError(f"--scene-source {text}: there are {len(scenes)} scenes, which count from 0")
+        if "source" in scenes[index]:
+            raise UserError(f"--scene-source {text}: scene {index} has a source already: keep one")
+        scenes[index] |= {"role": "given", "source": path}
+    return scenes
+
+
+def _conditions(options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for option, kind in (("image", "first_frame"), ("last_image", "last_frame")):
+        found += [{"type": kind, "source": str(path)} for path in options.get(option) or ()]
+    for text in options.get("keyframe") or ():
+        time, path = _pair("--keyframe", text, "SECONDS=FILE, for instance 1.5=dog.png")
+        found.append({"type": "keyframes", "times": [_number("--keyframe", time, float)], "source": path})
+    for kind in ("prefix", "suffix"):
+        found += [_stretch(kind, text) for text in options.get(kind) or ()]
+    found += _parts(options)
+    found += [_of_file("reference", path) for path in options.get("reference") or ()]
+    for modality in ("audio", "video"):
+        paths = options.get(modality) or ()
+        found += [{"type": "modality", "modality": modality, "source": str(path)} for path in paths]
+    if options.get("strength") is not None:
+        if not found:
+            raise UserError("--strength is of what is given: give something, for instance --image FILE")
+        found = [{**one, "strength": options["strength"]} for one in found]
+    return found
+
+
+def _parts(options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Those of one film: ``--source``."""
+    sources = list(options.get("source") or ())
+    masks, crops = list(options.get("mask") or ()), list(options.get("crop") or ())
+    if not masks and not crops:
+        if sources:
+            raise UserError("--source is the film of a --mask or a --crop: give one of them as well")
+        return []
+    if len(sources) != 1:
+        few = "has no" if not sources else f"has {len(sources)} times"
+        raise UserError(f"--{'mask' if masks else 'crop'} {few} --source: name one film that it is a part of")
+    found = []
+    for mask in masks:
+        one = _of_file("mask", sources[0])
+        stretch = re.fullmatch(r"([0-9.]+)-([0-9.]+)", mask)
+        if stretch is None:
+            found.append({**one, "mask": mask})
+        else:
+            found.append({**one, "made": [[_number("--mask", n, float) for n in stretch.groups()]]})
+    for crop in crops:
+        region = [_number("--crop", n, int) for n in crop.split(",")]
+        found.append({"type": "spatial_crop", "region": region, "source": str(sources[0])})
+    return found
+
+
+def _stretch(kind: str, text: str) -> dict[str, Any]:
+    """``FILE[:FRAMES]``."""
+    path, colon, frames = text.rpartition(":")
+    if not colon or not frames.lstrip("-").isdecimal():
+        return _of_file(kind, text)
+    return {**_of_file(kind, path), "frames": int(frames)}
+
+
+def _of_file(kind: str, path: Any) -> dict[str, Any]:
+    """A condition on what a file holds: a file of sound alone gives sound."""
+    from motionloom.data.media import is_sound
+
+    sound = {"modality": "audio"} if is_sound(Path(path)) else {}
+    return {"type": kind, **sound, "source": str(path)}
+
+
+def _scales(options: Mapping[str, Any]) -> dict[str, Any]:
+    scales: dict[str, Any] = {}
+    for option, key in (("guidance", "text"), ("cross_guidance", "cross")):
+        if options.get(option) is not None:
+            scales[key] = options[option]
+    if options.get("skip_guidance"):
+        scale, colon, blocks = options["skip_guidance"].partition(":")
+        scales["skip"] = _number("--skip-guidance", scale, float)
+        if colon:
+            scales["skip_blocks"] = [_number("--skip-guidance", block, int) for block in blocks.split(",")]
+    for text in options.get("condition_guidance") or ():
+        name, scale = _pair("--condition-guidance", text, "CONDITION=SCALE, for instance reference=2")
+        scales.setdefault("conditions", {})[name] = _number("--condition-guidance", scale, float)
+    return scales
+
+
+def _pair(option: str, text: str, form: str) -> tuple[str, str]:
+    left, equals, right = text.partition("=")
+    if not (left and equals and right):
+        raise UserError(f"{option} {text}: write {form}")
+    return left, right
+
+
+def _number(option: str, text: str, kind: type[int] | type[float]) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        what = "a whole number" if kind is int else "a number"
+        raise UserError(f"{option}: {text or 'nothing'} is not {what}: write one") from None

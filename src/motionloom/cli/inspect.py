@@ -62,7 +62,7 @@ def _recipe(name: str, overrides: list[str]) -> dict[str, Any]:
     from torch import nn
 
     from motionloom.cli.adapters import add_adapters
-    from motionloom.cli.assemble import new_backbone, recipe_spec, text_encoder_for
+    from motionloom.cli.assemble import backbone_start, new_backbone, recipe_spec, text_encoder_for
     from motionloom.config import load_recipe_with_notes
     from motionloom.evals.inspection import inspect_recipe
     from motionloom.train.parts import train_only
@@ -82,7 +82,7 @@ def _recipe(name: str, overrides: list[str]) -> dict[str, Any]:
     backbone = new_backbone(recipe, spec, text_dim, device="meta")
     modules = {"backbone": backbone, **modules}
     if recipe.lora.enabled:
-        add_adapters(modules, recipe)
+        add_adapters(modules, recipe, backbone_start(recipe).weights)
     elif recipe.train.parts:
         train_only(modules, recipe.train.parts)
     answer = inspect_recipe(recipe, spec, modules)

@@ -103,6 +103,9 @@ def _title(report: Report) -> str:
 
 def _show(console: Out, report: Report) -> None:
     console.table(_title(report), HEADS, [_line(figure) for figure in report.figures])
+    if "real" in report.details:
+        rows = [(name, f"{value:.3f}") for name, value in report.details["real"].items() if value is not None]
+        console.table("real clips at the same places", ("figure", "mean"), rows)
     if "consistency_gap" in report.details:
         gap = report.details["consistency_gap"]
         console.table(
@@ -119,7 +122,8 @@ def _page(folder: Path, samples: Sequence[Sample], reports: Sequence[Report], co
     from motionloom.studio.page import Sample as Shown
 
     shown = []
-    for n, sample in enumerate(samples[:MOST_SHOWN]):
+    seen = [sample for sample in samples if len(sample.video_PHW3)]
+    for n, sample in enumerate(seen[:MOST_SHOWN]):
         file = f"{SHOWN}/{n:03d}.webp"
         write_video(folder / file, sample.video_PHW3, sample.fps, quality=100)
         marks, note = _marks(sample.name, reports)

@@ -122,8 +122,8 @@ def merge(base: Path, out: Path, wishes: Sequence[str], as_json: bool) -> None:
     for path, _ in map(parse_file, wishes):
         if parts := read_parts(path):
             raise UserError(
-                f"{path} also holds what was trained whole ({next(iter(parts))}), which merge does not write: "
-                "give the file to generate with --lora"
+                f"{path} also holds what was trained whole ({next(iter(parts))}), which merge does not "
+                "write: give the file to generate with --lora"
             )
         for line in _left_out(path):
             console.note(line)
@@ -236,8 +236,8 @@ def _doubts(model: Opened, backbone: nn.Module, files: Mapping[Path, Mapping[str
             said = getattr(notes, f"reference_{key}")
             if said is not None and said != (here := getattr(model.recipe.references, key)):
                 yield (
-                    f"{path} was trained with references.{key} {said}, and here it is {here}: give references "
-                    "as it knows them"
+                    f"{path} was trained with references.{key} {said}, and here it is {here}: give "
+                    "references as it knows them"
                 )
         yield from _left_out(path)
 

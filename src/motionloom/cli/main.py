@@ -117,19 +117,49 @@ def shapeworld(
     split: Annotated[str, typer.Option(help="train, test (held-out combinations) or all.")] = "train",
     scenes: Annotated[int, typer.Option(min=1, help="More than 1: stories with one character.")] = 1,
     sound: Annotated[bool, typer.Option("--sound", help="Write the sound track into the files.")] = False,
+    references: Annotated[
+        str | None,
+        typer.Option(
+            help="A reference beside each clip: swap (another colour), edges (its outlines) or small (half "
+            "the size)."
+        ),
+    ] = None,
+    masks: Annotated[bool, typer.Option("--masks", help="A mask of what is given beside each clip.")] = False,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="Only clips with this shape, color, motion, size or background; repeatable."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Make a world of captioned clips: shapes that move, bounce and sound."""
     from motionloom.cli import data as command
 
-    command.shapeworld(out, clips, frames, size, seed, fps, world, split, scenes, sound, as_json)
+    command.shapeworld(
+        out,
+        clips,
+        frames,
+        size,
+        seed,
+        fps,
+        world,
+        split,
+        scenes,
+        sound,
+        references,
+        masks,
+        only or [],
+        as_json,
+    )
 
 
 @data_app.command(epilog="Example: motionloom data ingest my_clips --out manifest.jsonl")
 def ingest(
     source: Annotated[
         Path,
-        typer.Argument(metavar="DIR", help="Folder or zip with videos, animations, images, frame folders."),
+        typer.Argument(
+            metavar="DIR",
+            help="Folder or zip with videos, animations, images, frame folders; or another trainer's list.",
+        ),
     ],
     out: Annotated[Path, typer.Option(help="The manifest to write.")] = Path("manifest.jsonl"),
     keep: Annotated[
@@ -180,6 +210,10 @@ def train(
     command.run(recipe, overrides or [], cache, resume, as_json)
 
 
+Files = list[str] | None
+"""Of an option that may be repeated."""
+
+
 @app.command(
     epilog='Example: motionloom generate runs/quickstart --prompt "a small red star moves up" --out clips'
 )
@@ -191,36 +225,79 @@ def generate(
             help="A run folder (its newest checkpoint), a step_... folder, or a recipe that names weights.",
         ),
     ],
-    prompt: Annotated[list[str], typer.Option(help="What to show; repeat for more clips.")],
-    out: Annotated[Path, typer.Option(help="Folder for the clips and a sheet of them.")],
-    steps: Annotated[int | None, typer.Option(min=1, help="Solver steps.")] = None,
-    guidance: Annotated[float | None, typer.Option(min=0, help="1 is no guidance.")] = None,
-    seed: Seed = 0,
-    negative: Annotated[str, typer.Option(help="What guidance pushes away from.")] = "",
+    out: Annotated[Path, typer.Option(help="Folder for the clips, clips.json and a sheet.")],
+    prompts: Annotated[Files, typer.Option("--prompt", help="What to show; repeat for more clips.")] = None,
+    request: Annotated[Path | None, typer.Option(help="A YAML that says it all; options go before.")] = None,
+    negative: Annotated[str | None, typer.Option(help="What guidance pushes away from.")] = None,
+    scene: Annotated[Files, typer.Option(help="A scene's caption; repeat, in order.")] = None,
+    scene_frames: Annotated[
+        list[int] | None, typer.Option(help="A scene's length; once for all, or once each.")
+    ] = None,
+    scene_source: Annotated[
+        Files, typer.Option(metavar="N=FILE", help="A scene that is given; the first is 0.")
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            metavar="POLICY[:K]",
+            help="Scene after scene, each shown K of those before: last, first_last, similar or all.",
+        ),
+    ] = None,
+    image: Annotated[Files, typer.Option(metavar="FILE", help="The first frame.")] = None,
+    last_image: Annotated[Files, typer.Option(metavar="FILE", help="The last frame.")] = None,
+    keyframe: Annotated[Files, typer.Option(metavar="SECONDS=FILE", help="A picture at a time.")] = None,
+    prefix: Annotated[
+        Files, typer.Option(metavar="FILE[:FRAMES]", help="A film (or sound) whose end comes first.")
+    ] = None,
+    suffix: Annotated[
+        Files, typer.Option(metavar="FILE[:FRAMES]", help="One whose beginning comes last.")
+    ] = None,
+    mask: Annotated[
+        Files, typer.Option(metavar="FILE|FROM-TO", help="White is given of --source; or seconds to make.")
+    ] = None,
+    crop: Annotated[
+        Files, typer.Option(metavar="TOP,LEFT,BOTTOM,RIGHT", help="A rectangle is given of --source.")
+    ] = None,
+    source: Annotated[Files, typer.Option(metavar="FILE", help="The film of --mask or --crop.")] = None,
+    reference: Annotated[Files, typer.Option(metavar="FILE", help="A clip to look at.")] = None,
+    audio: Annotated[Files, typer.Option(metavar="FILE", help="The sound, to be filmed.")] = None,
+    video: Annotated[Files, typer.Option(metavar="FILE", help="The film, to be heard.")] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="Of what is given here; below 1 it is a hint, made anew.")
+    ] = None,
+    extend: Annotated[int | None, typer.Option(metavar="FRAMES", help="Go on for so many.")] = None,
+    backwards: Annotated[bool, typer.Option("--backwards", help="... before the beginning.")] = False,
     frames: Annotated[int | None, typer.Option(min=1, help="Frames of a clip.")] = None,
     size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH or one side, in pixels.")] = None,
-    first_frame: Annotated[
-        Path | None, typer.Option(help="An image (or clip) whose start is given, for models that know it.")
-    ] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames per second, if not the model's.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Decides all that is random; 0.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Solver steps.")] = None,
     solver: Annotated[str | None, typer.Option(help="euler, heun, dpmpp_2m or ddim.")] = None,
-    format: Annotated[str, typer.Option(help="mp4, webm, webp, gif or png.")] = "mp4",
+    guidance: Annotated[float | None, typer.Option(min=0, help="On the text; 1 is none.")] = None,
+    skip_guidance: Annotated[
+        str | None, typer.Option(metavar="SCALE:BLOCKS", help="Away from attention left out; 1.0:3,4")
+    ] = None,
+    cross_guidance: Annotated[
+        float | None, typer.Option(min=0, help="Sound and picture towards each other; 1 is none.")
+    ] = None,
+    condition_guidance: Annotated[
+        Files, typer.Option(metavar="CONDITION=SCALE", help="On what is given; reference=2")
+    ] = None,
+    format: Annotated[str | None, typer.Option(help="mp4, webm, webp, gif, png or wav.")] = None,
     raw: Annotated[
         bool, typer.Option("--raw", help="The last weights instead of the averaged ones.")
     ] = False,
     lora: Annotated[
-        list[str] | None,
-        typer.Option(metavar="FILE[:STRENGTH]", help="A LoRA to add; repeat for several at once."),
+        Files, typer.Option(metavar="FILE[:STRENGTH]", help="A LoRA to add; repeat for several at once.")
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
     as_json: Json = False,
 ) -> None:
-    """Make clips from prompts."""
+    """Make clips from prompts, scenes and whatever is given: frames, films, sounds, masks, references."""
+    said = dict(locals())
     from motionloom.cli import generate as command
 
-    request = command.Wish(
-        tuple(prompt), steps, guidance, seed, negative, frames, size, first_frame, solver, format
-    )
-    command.run(checkpoint, request, out, raw, device, as_json, lora or [])
+    command.run(checkpoint, command.request_tree(said), request, out, raw, device, as_json, lora or [])
 
 
 @lora_app.command(epilog="Example: motionloom lora export runs/lora_wan lora/style.safetensors")

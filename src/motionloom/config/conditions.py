@@ -124,6 +124,10 @@ class Mask(Base):
     duration: tuple[Fraction, Fraction] = Field(
         default=(0.5, 1.0), description="Training, drawn: the part of the clip that the box lasts."
     )
+    mask: str = Field(default="", description="Requests: a file; what is white in it is given.")
+    made: tuple[tuple[Annotated[float, Field(ge=0)], Seconds], ...] = Field(
+        default=(), description="Requests, in place of a file: [from, to] seconds that are made."
+    )
 
 
 class Reference(Base):
@@ -132,6 +136,12 @@ class Reference(Base):
     type: Literal["reference"] = "reference"
     modality: Modality = "video"
     caption: str = Field(default="", description="What it shows; only its own tokens read this.")
+
+    @model_validator(mode="after")
+    def _as_it_is(self) -> Reference:
+        if self.strength < 1:
+            raise ValueError("a reference is never made anew: leave strength out, or set noise")
+        return self
 
 
 class Scene(Base):
@@ -152,7 +162,7 @@ class Whole(Base):
 
 
 def _type_of(value: Any) -> Any:
-    """What tells conditions apart. pydantic's own discriminator refuses fields with a check of their input."""
+    """What tells conditions apart. pydantic's own refuses fields with a check of their input."""
     return value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
 
 

@@ -46,6 +46,8 @@ _ELSEWHERE = {
     "pretrained_model_name_or_path": "model.name_or_path",
     "prompts": "train.sample_prompts",
     "solver": "train.sample_solver",
+    "stg_blocks": "guidance.skip_blocks",
+    "stg_scale": "guidance.skip_scale",
     "steps": "train.max_steps",
     "timestep_shift": "flow_matching.shift",
     "warmup": "train.warmup_steps",
@@ -134,10 +136,14 @@ def nearest(dotted: str) -> str | None:
     return None
 
 
-def expected(dotted: str) -> str:
-    """What the key takes, in words: ``a whole number above 0``."""
-    node = Recipe.model_json_schema()
-    definitions = node["$defs"]
+def expected(dotted: str, of: type[Section] = Recipe) -> str:
+    """What the key takes, in words: ``a whole number above 0``.
+
+    Args:
+        of: what the key is of.
+    """
+    node = of.model_json_schema()
+    definitions = node.get("$defs", {})
     for part in dotted.split("."):
         if "$ref" in node:
             node = definitions[node["$ref"].rpartition("/")[2]]
@@ -158,7 +164,13 @@ def _in_words(node: dict[str, Any]) -> str:
     kind = node.get("type", "")
     if kind == "array":
         return f"a list, each item {_in_words(node['items'])}"
-    words = {"integer": "a whole number", "number": "a number", "boolean": "true or false", "null": "null"}
+    words = {
+        "integer": "a whole number",
+        "number": "a number",
+        "boolean": "true or false",
+        "null": "null",
+        "object": "keys of its own",
+    }
     text = words.get(kind, "a text")
     if "pattern" in node:
         return f"{text} of letters, digits, '.', '_' and '-'"

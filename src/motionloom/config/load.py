@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from motionloom.config.former import from_former
 from motionloom.config.keys import expected, flatten, keys, shown, unflatten, unknown
 from motionloom.config.misfits import cautions
 from motionloom.config.mmdit import from_mmdit
@@ -151,7 +152,8 @@ def _file_layers(path: Path, above: tuple[Path, ...] = ()) -> list[_Layer]:
         start = find_recipe(parent, beside=path.parent)
     except UserError as error:
         raise UserError(f"{path}: from {parent}: {error}") from error
-    return [*_file_layers(start, chain), _Layer(_label(path), flatten(tree))]
+    values, notes = from_former(flatten(tree), _label(path))
+    return [*_file_layers(start, chain), _Layer(_label(path), values, notes)]
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -177,7 +179,7 @@ def _root_layer(path: Path, flat: dict[str, Any]) -> _Layer:
     """A file that starts from no other: ours, or one for mmdit."""
     translated = from_mmdit(flat, _label(path))
     if translated is None:
-        return _Layer(_label(path), flat)
+        return _Layer(_label(path), *from_former(flat, _label(path)))
     values, notes = translated
     return _Layer(_label(path), values, tuple(notes))
 

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from motionloom.config.recipe import OWN_SIZES, ModelConfig, Recipe, TextEncoderConfig, TokenizerConfig
+from motionloom.config.recipe import (
+    OWN_SIZES,
+    AudioConfig,
+    ModelConfig,
+    Recipe,
+    TextEncoderConfig,
+    TokenizerConfig,
+)
+from motionloom.config.request import request_problem
 
 
 class ReadText(NamedTuple):
@@ -53,10 +61,16 @@ def misfits(r: Recipe) -> Iterator[str]:
     if r.tokenizer.type == "patch" and r.tokenizer.latent_d > most:
         yield f"tokenizer.latent_d {r.tokenizer.latent_d} is more than a patch has values: use at most {most}"
     yield from _vae_misfits(r.tokenizer)
+    if r.audio.enabled:
+        yield from _audio_misfits(r.audio)
     yield from _size_misfits(r)
     yield from _length_misfits(r)
     yield from _reference_misfits(r)
+    yield from _condition_misfits(r)
     yield from _story_misfits(r)
+    for i, request in enumerate(r.train.sample_requests):
+        if isinstance(request, dict) and (problem := request_problem(request)):
+            yield f"train.sample_requests[{i}]: {problem}"
 
 
 def _guidance_misfits(r: Recipe) -> Iterator[str]:
@@ -206,6 +220,25 @@ def _lora_misfits(r: Recipe) -> Iterator[str]:
         )
 
 
+def _audio_misfits(audio: AudioConfig) -> Iterator[str]:
+    """Latents of sound hold whole numbers of samples, which the spectrograms divide."""
+    if audio.type != "spectral":
+        if not audio.name_or_path:
+            yield (
+                f"audio.type {audio.type} is not fitted: set audio.name_or_path to a folder with audio_vae/ "
+                "and vocoder/"
+            )
+        return
+    samples, parts = audio.sample_rate / audio.latents_per_second, 8
+    if samples % parts:
+        near = max(1, round(samples / parts)) * parts
+        yield (
+            f"audio.sample_rate {audio.sample_rate} gives {samples:g} samples to a latent, not a multiple of "
+            f"{parts}: set audio.sample_rate to {audio.latents_per_second * near:g}, or another "
+            f"audio.latents_per_second"
+        )
+
+
 def _vae_misfits(tokenizer: TokenizerConfig) -> Iterator[str]:
     """A trained VAE is loaded, not fitted, and its shape rule is given."""
     if tokenizer.type == "patch":
@@ -267,6 +300,30 @@ def _length_misfits(r: Recipe) -> Iterator[str]:
                 f"{where} {frames} gives {head + (frames - head) // step} latent frames, which do not "
                 f"divide by model.patch[0] {r.model.patch[0]}: use {neighbours(frames, *use)}"
             )
+
+
+def _condition_misfits(r: Recipe) -> Iterator[str]:
+    """Conditions on what the data has not, which would never be drawn."""
+    held = r.plan.modalities
+    if "audio" in held and not r.audio.enabled:
+        yield "plan.modalities has audio but audio.enabled is false: set audio.enabled to true as well"
+    if r.plan.choose == "one" and sum(one.probability for one in r.plan.conditions) > 1 + 1e-6:
+        yield "plan.conditions: with choose one their probabilities are shares, and sum up to at most 1"
+    beside = [one.modality for one in r.plan.conditions if one.type == "reference"]
+    if len(set(beside)) < len(beside):
+        yield "plan.conditions has two references of one modality, and the data one per clip: keep one"
+    for one in r.plan.conditions:
+        if one.modality not in ("all", *held):
+            yield (
+                f"plan.conditions: {one.type} is of {one.modality}, which plan.modalities {list(held)} has "
+                "not: add it there, or leave the condition out"
+            )
+        if one.type == "mask" and one.masks == "data" and not r.masks.enabled:
+            yield "plan.conditions: a mask of the data, but masks.enabled is false: set it, or masks: drawn"
+        if one.type == "reference" and not r.references.enabled:
+            yield "plan.conditions has a reference, but references.enabled is false: set it to true"
+        if one.type == "reference" and one.modality == "audio" and not r.references.audio:
+            yield "plan.conditions has a reference of audio, but references.audio is false: set it to true"
 
 
 def _reference_misfits(r: Recipe) -> Iterator[str]:

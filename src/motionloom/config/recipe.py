@@ -84,7 +84,7 @@ class AudioConfig(Section):
         description="A saved tokenizer or an LTX-2 folder; empty: fit a `spectral` one while caching.",
     )
     sample_rate: Positive = Field(default=16_000, description="Hz at which sound is looked at.")
-    channels: Positive = Field(default=32, description="Numbers in a latent.")
+    channels: Positive = Field(default=24, description="Numbers in a latent.")
     latents_per_second: Annotated[float, Field(gt=0)] = 16.0
     whiten: Fraction = Field(
         default=0.0,
@@ -343,6 +343,9 @@ class TrainConfig(Section):
     )
     sample_every_steps: NotNegative = Field(default=0, description="0: no samples while training.")
     sample_prompts: tuple[str, ...] = Field(default=(), description="None: the first held-out captions.")
+    sample_requests: tuple[str | dict[str, Any], ...] = Field(
+        default=(), description="More samples: requests, or files of them (see docs/requests.md)."
+    )
     sample_num_images: Positive = 4
     sample_num_steps: Positive = 50
     sample_solver: Literal["euler", "heun", "dpmpp_2m", "ddim"] = "euler"

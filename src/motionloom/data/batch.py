@@ -6,14 +6,23 @@ one cell: H = W = 1, and F counts its latents.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from motionloom.plans.layout import Text
+
+_Held = TypeVar("_Held", "Latents", Text)
+
+
+def move_tensors(held: _Held, move: Callable[[Tensor], Tensor]) -> _Held:
+    """``move`` on every tensor of a dataclass."""
+    values = {f.name: getattr(held, f.name) for f in fields(held)}
+    moved: dict[str, Any] = {n: move(v) for n, v in values.items() if isinstance(v, Tensor)}
+    return replace(held, **moved)
 
 
 @dataclass(frozen=True)
@@ -35,8 +44,7 @@ class Latents:
 
     def map(self, move: Callable[[Tensor], Tensor]) -> Latents:
         """``move`` on every tensor."""
-        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{n: move(v) for n, v in values.items() if isinstance(v, Tensor)})
+        return move_tensors(self, move)
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,9 @@ class Batch:
     masks: Mapping[str, Tensor] = field(default_factory=dict)
     """By modality: bool (B, F, H, W), True where the latents are given; a sample without a mask is False."""
     global_captions: list[str] | None = None
-    """What is said of a sample as a whole, beside the captions of its scenes."""
+    """What is said of a sample as a whole, beside the captions of its scenes; empty: nothing."""
+    reference_captions: list[str | None] | None = None
+    """What is seen in each sample's reference, where it is said."""
 
     @property
     def video(self) -> Latents:
@@ -74,7 +84,7 @@ class Batch:
             return t.to(device, non_blocking=True)
 
         def move_text(text: Text | None) -> Text | None:
-            return None if text is None else Text(move(text.x_BLC), move(text.valid_BL), move(text.scene_BL))
+            return None if text is None else move_tensors(text, move)
 
         return replace(
             self,
@@ -84,3 +94,22 @@ class Batch:
             references={m: tuple(of.map(move) for of in all_of) for m, all_of in self.references.items()},
             masks={m: move(mask) for m, mask in self.masks.items()},
         )
+
+
+def dropped_captions(
+    batch: Batch, drop: Sequence[bool]
+) -> tuple[list[list[str]], list[str] | None, list[str | None] | None]:
+    """Captions of the scenes, of the whole and of references, as ``text.encode_scenes`` takes them.
+
+    Args:
+        drop: for each sample: its scenes get the empty caption, and nothing else is said.
+    """
+    scenes = [[""] * len(said) if gone else said for said, gone in zip(batch.captions, drop, strict=True)]
+    whole, references = batch.global_captions, batch.reference_captions
+    return (
+        scenes,
+        None if whole is None else ["" if gone else w for w, gone in zip(whole, drop, strict=True)],
+        None
+        if references is None
+        else [None if gone else r for r, gone in zip(references, drop, strict=True)],
+    )

@@ -50,13 +50,6 @@ class Bucket:
         frames, rows, columns = spec.latent_grid(self.alone[0], self.height, self.width)
         return sum(scene_latents(spec, self.shots)) if self.shots else frames, rows, columns
 
-    def latent_shots(self, spec: TokenizerSpec, scene_frames: Sequence[int]) -> tuple[int, ...]:
-        """The shot of each latent frame of a clip with shots of so many frames."""
-        if not self.shots:
-            return latent_scenes(spec, tuple(scene_frames))
-        counts = scene_latents(spec, self.shots)
-        return tuple(shot for shot, count in enumerate(counts) for _ in range(count))
-
 
 def bucket_sizes(recipe: Recipe) -> list[tuple[int, int]]:
     """(width, height) of the recipe's buckets; the one size of `video` when bucketing is off."""

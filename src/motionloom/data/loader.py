@@ -1,55 +1,45 @@
-"""Batches from a cache, in an order that restarts exactly: the state is the number of batches already taken.
-
-Shapes: B batch, F latent frames, h x w latent cells, S scenes, L text tokens of a caption, C channels.
-"""
+"""Batches from a cache, in an order that restarts exactly: the state is the number of batches taken."""
 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from motionloom.config.recipe import Recipe
-from motionloom.data.batch import Batch, Latents
+from motionloom.data.batch import Batch
 from motionloom.data.buckets import Bucket
-from motionloom.data.cache import Cache, TextTable, is_trained
-from motionloom.data.order import Order
+from motionloom.data.cache import Cache
+from motionloom.data.captions import Captions
+from motionloom.data.collate import Collate
+from motionloom.data.samples import (
+    BucketReport,
+    Groups,
+    Joined,
+    Lines,
+    Sample,
+    Samples,
+    joined_in_order,
+    one_pass,
+    windows,
+)
 from motionloom.errors import UserError
-from motionloom.plans.layout import Text
 from motionloom.rng import key_to_seed
-from motionloom.text import lay_scenes
-from motionloom.tokenizers import scene_seconds, scene_spans
 
 Split = Literal["train", "heldout"]
-
-
-@dataclass(frozen=True)
-class BucketReport:
-    """What becomes of the clips of one shape."""
-
-    shape: str
-    """Pixels: width x height x frames."""
-    clips: int
-    batches: float
-    """Per epoch and rank. Training: clips / batch, since what is left opens the next epoch."""
-    dropped: int
-    why: str
 
 
 class Loader:
     """Batches of one split for one rank.
 
-    Training runs for ever: every batch comes from one bucket, the ranks take disjoint parts of it, and no
-    sample is dropped (see `Order`). The held-out split is one pass in order of id: rank r takes every
+    Training runs for ever: every batch is of one shape, the ranks take disjoint parts of it, and no sample is
+    dropped (see `Order`); a recipe may ask for windows of stories, or for joined clips (`samples.py`). The
+    held-out split is one pass in order of id: rank r takes every
     ``world``-th clip from the r-th on, the last batch of a bucket may be smaller, and a bucket that does not
     divide by the ranks repeats its first clips (``Batch.ids`` tells), so that all ranks see as many batches.
 
@@ -67,17 +57,53 @@ class Loader:
         cache.require(recipe)
         self._cache, self._recipe, self._split = cache, recipe, split
         self._rank, self._world = rank, world
-        heldout = heldout_clips(cache.clips, recipe.train.heldout_fraction)
-        wanted = np.array([(clip in heldout) == (split == "heldout") for clip in cache.clips])
-        self._rows = {
-            bucket: rows[wanted[rows]] for bucket, rows in cache.buckets.items() if wanted[rows].any()
-        }
-        self._captions = _Captions(cache, recipe, self._rows)
+        self._told: list[BucketReport] = []
+        self._rows = self._usable(heldout_clips(cache.clips, recipe.train.heldout_fraction))
+        self._captions = Captions(cache, recipe, self.row_numbers())
+        self._collate = Collate(cache, recipe, self._captions.scene_frames)
+        size = recipe.train.batch_size
         if split == "train":
-            counts = {str(bucket): len(rows) for bucket, rows in self._rows.items()}
-            self._order = Order(counts, recipe.train.batch_size * world, recipe.seed)
+            self._samples = self._training(size * world)
         else:
-            self._passes = list(_one_pass(self._rows, recipe.train.batch_size, rank, world))
+            groups = self._heldout()
+            self._in_pass = {name: len(samples) for name, samples in groups.items()}
+            self._passes = list(one_pass(groups, size, rank, world))
+
+    def _usable(self, heldout: set[str]) -> dict[Bucket, NDArray[np.int64]]:
+        """Rows of the split by bucket; sound alone is none for a recipe without sound."""
+        wanted = np.array([(clip in heldout) == (self._split == "heldout") for clip in self._cache.clips])
+        found: dict[Bucket, NDArray[np.int64]] = {}
+        for bucket, every in self._cache.buckets.items():
+            rows = every[wanted[every]]
+            if bucket.is_sound and not self._recipe.audio.enabled and len(rows):
+                why = "sound alone, and audio.enabled is false"
+                self._told.append(BucketReport(str(bucket), len(rows), 0.0, len(rows), why))
+            elif len(rows):
+                found[bucket] = rows
+        if not found and self._told:
+            raise UserError(f"{self._cache.path}: holds sound alone: set audio.enabled to true")
+        return found
+
+    def _training(self, batch: int) -> Samples:
+        stories, spec, seed = self._recipe.stories, self._cache.identity.spec, self._recipe.seed
+        if stories.join[1]:
+            return Joined(self._rows, self._shots(), stories, spec, batch, seed)
+        groups, told = windows(self._rows, stories, spec)
+        if not groups:
+            raise UserError(f"{self._cache.path}: no clip fits stories.max_latent_frames: raise it")
+        return Lines(groups, batch, seed, told)
+
+    def _heldout(self) -> Groups:
+        stories, spec = self._recipe.stories, self._cache.identity.spec
+        if stories.join[1]:
+            return joined_in_order(self._rows, self._shots(), stories, spec)
+        groups, told = windows(self._rows, stories, spec)
+        self._told += told
+        return groups
+
+    def _shots(self) -> dict[int, int]:
+        """How many shots each row has."""
+        return {row: len(self._captions.scene_frames(row)) for row in self.row_numbers()}
 
     def __len__(self) -> int:
         """Batches of the held-out pass, per rank; training has no end."""
@@ -95,6 +121,11 @@ class Loader:
     def fingerprint(self) -> str:
         """Digest of all that decides which clips batch n holds; a resumed run must find it unchanged."""
         facts: list[Any] = [self._recipe.seed, self._recipe.train.batch_size * self._world, self._split]
+        stories = self._recipe.stories
+        # Recipes that have none of it keep the fingerprint that they had before there was such a thing.
+        facts += [stories.model_dump()] if stories != type(stories)() else []
+        beside = (self._recipe.audio, self._recipe.references, self._recipe.masks)
+        facts += [section.model_dump() for section in beside if section.enabled]
         digest = hashlib.sha256(repr([*facts, self._cache.identity.fingerprint]).encode())
         for bucket, rows in self._rows.items():
             digest.update(str(bucket).encode())
@@ -124,63 +155,44 @@ class Loader:
 
     def batch(self, n: int) -> Batch:
         """The ``n``-th batch of this rank."""
-        rows = self._members(n)
-        spec = self._cache.identity.spec
-        latents_BFhwC = torch.from_numpy(np.stack(self._cache.latents(rows))).float()
-        bucket = Bucket.parse(self._cache.metadata(rows[:1])[0]["bucket"])
-        shots = bucket.shots or (bucket.frames,)
-        captions, scene_frames = self._captions.of(rows, n if self._split == "train" else None)
-        scene_BF = torch.tensor([bucket.latent_shots(spec, frames) for frames in scene_frames])
-        video = Latents(
-            latents_BFhwC,
-            scene_seconds(spec, shots, self._cache.fps).repeat(len(rows), 1),
-            scene_spans(spec, shots, self._cache.fps).repeat(len(rows), 1, 1),
-            scene_BF,
-            spec.spatial,
-        )
+        shape, samples = self._members(n)
+        said = self._captions.of(samples, n if self._split == "train" else None)
+        recipe, ids = self._recipe, self._cache.ids
         return Batch(
-            ids=[self._cache.ids[row] for row in rows],
-            latents={"video": video},
-            captions=captions,
-            text=self._captions.embed(captions),
-            empty_text=self._captions.empty(max(map(len, captions))),
+            ids=["+".join(ids[piece.row] for piece in sample) for sample in samples],
+            latents=self._collate.latents(shape, samples),
+            captions=said.captions,
+            text=self._captions.embed(said),
+            empty_text=self._captions.empty(max(map(len, said.captions))),
+            references=self._collate.references(samples) if recipe.references.enabled else {},
+            masks=self._collate.masks(shape, samples) if recipe.masks.enabled else {},
+            global_captions=said.global_captions,
+            reference_captions=said.reference_captions,
         )
 
     def examples(self) -> dict[str, Batch]:
-        """A training batch of every bucket, by the bucket's name."""
+        """A training batch of every shape, by its name; where there are very many, of the first ones."""
         assert self._split == "train"
-        found: dict[str, Batch] = {}
-        for n in itertools.count():
-            name, _ = self._order.batch(n)
-            if name not in found:
-                found[name] = self.batch(n)
-            if len(found) == len(self._rows):
-                return found
-        raise AssertionError("every bucket has its turn")
+        return {name: self.batch(n) for name, n in self._samples.examples().items()}
 
     def report(self) -> list[BucketReport]:
         """What becomes of every clip, bucket by bucket; to be shown before the first step."""
-        batch = self._recipe.train.batch_size * self._world
-        return [self._report(str(bucket), len(rows), batch) for bucket, rows in self._rows.items()]
+        if self._split == "train":
+            return [*self._told, *self._samples.report()]
+        batches = [name for name, _ in self._passes]
+        why = "each once, in order"
+        return [
+            *self._told,
+            *(BucketReport(name, n, batches.count(name), 0, why) for name, n in self._in_pass.items()),
+        ]
 
-    def _report(self, shape: str, clips: int, batch: int) -> BucketReport:
+    def _members(self, n: int) -> tuple[str, list[Sample]]:
+        """Shape and samples of this rank's ``n``-th batch."""
         if self._split == "heldout":
-            batches = sum(str(bucket) == shape for bucket, _ in self._passes)
-            return BucketReport(shape, clips, batches, 0, "each once, in order")
-        why = "each once per epoch"
-        if clips % batch:
-            why = f"each once per epoch; {clips % batch} left over open the next"
-        if clips < batch:
-            why = f"fewer than a batch of {batch} over all ranks: clips repeat within it"
-        return BucketReport(shape, clips, clips / batch, 0, why)
-
-    def _members(self, n: int) -> NDArray[np.int64]:
-        """Cache rows of this rank's ``n``-th batch, all of one bucket."""
-        if self._split == "heldout":
-            return self._passes[n][1]
-        name, samples = self._order.batch(n)
+            return self._passes[n]
+        name, samples = self._samples.batch(n)
         size = self._recipe.train.batch_size
-        return self._rows[Bucket.parse(name)][samples[self._rank * size : (self._rank + 1) * size]]
+        return name, samples[self._rank * size : (self._rank + 1) * size]
 
 
 def heldout_clips(clips: Sequence[str], fraction: float) -> set[str]:
@@ -195,78 +207,6 @@ def heldout_clips(clips: Sequence[str], fraction: float) -> set[str]:
         return set()
     count = sum(share[clip] < fraction for clip in ranked)
     return set(ranked[: min(max(count, 1), len(ranked) - 1)])
-
-
-def _one_pass(
-    rows_of: dict[Bucket, NDArray[np.int64]], size: int, rank: int, world: int
-) -> Iterator[tuple[Bucket, NDArray[np.int64]]]:
-    for bucket, rows in rows_of.items():
-        mine = np.resize(rows, -(-len(rows) // world) * world)[rank::world]
-        for begin in range(0, len(mine), size):
-            yield bucket, mine[begin : begin + size]
-
-
-class _Captions:
-    """Captions and, for a frozen encoder, their embeddings."""
-
-    def __init__(self, cache: Cache, recipe: Recipe, rows_of: dict[Bucket, NDArray[np.int64]]) -> None:
-        self._seed, self._ids = recipe.seed, cache.ids
-        rows = np.concatenate([*rows_of.values(), np.zeros(0, np.int64)])
-        self._of_row = {
-            int(row): (told["captions"], told["wordings"], told["scene_frames"])
-            for row, told in zip(rows, cache.metadata(rows), strict=True)
-        }
-        self._table = None if is_trained(recipe) else _embeddings(cache, recipe, self._all())
-        self.empty = lru_cache(maxsize=None)(lambda scenes: self.embed([[""] * scenes]))
-        """The empty caption in so many scenes, batch 1."""
-
-    def of(self, rows: NDArray[np.int64], n: int | None) -> tuple[list[list[str]], list[list[int]]]:
-        """Captions per sample and scene, and frames per scene.
-
-        Batch number ``n`` draws among a clip's wordings; without one the clip's own caption is taken.
-        """
-        captions, frames = [], []
-        for row in rows:
-            own, wordings, scene_frames = self._of_row[int(row)]
-            if n is not None and len(wordings) > 1:
-                own = [wordings[key_to_seed(self._seed, "wording", n, self._ids[row]) % len(wordings)]]
-            captions.append(own)
-            frames.append(scene_frames)
-        return captions, frames
-
-    def embed(self, captions: Sequence[Sequence[str]]) -> Text | None:
-        """Embeddings of scenes laid end to end, each padded to full length; None for a trained encoder."""
-        table = self._table
-        if table is None:
-            return None
-        scenes = max(map(len, captions))
-        x_BSLC = torch.zeros(len(captions), scenes, table.max_length, table.dim)
-        valid_BSL = torch.zeros(x_BSLC.shape[:3], dtype=torch.bool)
-        found = iter(table.embed([caption for sample in captions for caption in sample]))
-        for b, sample in enumerate(captions):
-            for s in range(len(sample)):
-                x_LC = next(found)
-                x_BSLC[b, s, : len(x_LC)] = x_LC
-                valid_BSL[b, s, : len(x_LC)] = True
-        return lay_scenes(x_BSLC, valid_BSL)
-
-    def _all(self) -> set[str]:
-        return {caption for own, wordings, _ in self._of_row.values() for caption in (*own, *wordings)}
-
-
-def _embeddings(cache: Cache, recipe: Recipe, captions: set[str]) -> TextTable:
-    """The cache's embeddings, once they are known to be the recipe's and complete."""
-    again = "run motionloom cache on it again (latents are kept)"
-    table = cache.text
-    if table is None:
-        raise UserError(f"{cache.path}: holds no text embeddings for a frozen encoder; {again}")
-    if wrong := table.mismatches(recipe):
-        raise UserError(f"{cache.path}: has text embeddings of another encoder: {'; '.join(wrong)}; {again}")
-    if missing := table.missing({"", *captions}):
-        raise UserError(
-            f"{cache.path}: {len(missing)} captions have no embedding (first: {missing[0][:60]!r}); {again}"
-        )
-    return table
 
 
 class _ByNumber:

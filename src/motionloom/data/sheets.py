@@ -16,7 +16,8 @@ from motionloom.data.media import write_atomic, write_video
 from motionloom.data.media.write import png
 
 Video = NDArray[np.uint8]
-_INK, _PAPER = (32, 33, 36), (255, 255, 255)
+_INK, _PAPER, _GIVEN = (32, 33, 36), (255, 255, 255), (0, 158, 90)
+_BAR = 5  # pixels, of the mark over frames that are given
 _FONT_SIZE, _LINE = 13, 17
 _GAP, _MARGIN = 3, 12
 _MAX_LINES = 3
@@ -31,16 +32,19 @@ def contact_sheet(
     frames_per_clip: int = 8,
     columns: int = 1,
     cell: int = 96,
+    given: Sequence[Sequence[float]] | None = None,
 ) -> Path:
     """Write a PNG with one labelled strip of frames per clip; returns its path.
 
     ``videos`` are (F, H, W, 3) uint8 of any sizes and lengths; ``frames_per_clip`` frames of each, spread
     evenly from its first to its last, are shown ``cell`` pixels high. A caption is wrapped to its column and,
-    past three lines, shortened with an ellipsis. Raises `UserError` when the disk is full.
+    past three lines, shortened with an ellipsis. ``given`` says of each clip what part of each frame was
+    handed in and not made: a green bar over as much of its width. Raises `UserError` when the disk is full.
     """
     assert len(videos) == len(captions)
     assert len(videos) > 0
-    strips = [_strip(video, frames_per_clip, cell) for video in videos]
+    marks: Sequence[Sequence[float]] = [()] * len(videos) if given is None else given
+    strips = [_strip(*both, frames_per_clip, cell) for both in zip(videos, marks, strict=True)]
     width = max(_MIN_COLUMN, *(strip.width for strip in strips))
     labels = [_wrapped(caption, width) for caption in captions]
     rows = [range(first, min(first + columns, len(strips))) for first in range(0, len(strips), columns)]
@@ -113,14 +117,17 @@ def _scaled(frame_HW3: Video, cell: int) -> Image.Image:
     return Image.fromarray(frame_HW3).resize((max(1, round(width * cell / height)), cell), resample)
 
 
-def _strip(video_FHW3: Video, frames: int, cell: int) -> Image.Image:
+def _strip(video_FHW3: Video, given_F: Sequence[float], frames: int, cell: int) -> Image.Image:
     count = min(frames, len(video_FHW3))
     chosen = np.linspace(0, len(video_FHW3) - 1, count).round().astype(int)
     pictures = [_scaled(video_FHW3[index], cell) for index in chosen]
     width = pictures[0].width
     strip = Image.new("RGB", (count * (width + _GAP) - _GAP, cell), _PAPER)
     for index, picture in enumerate(pictures):
-        strip.paste(picture, (index * (width + _GAP), 0))
+        left = index * (width + _GAP)
+        strip.paste(picture, (left, 0))
+        if len(given_F) and (bar := round(width * given_F[chosen[index]])):
+            ImageDraw.Draw(strip).rectangle((left, 0, left + bar - 1, _BAR - 1), fill=_GIVEN)
     return strip
 
 

@@ -70,5 +70,5 @@ def judge_adherence(samples: Sequence[Sample], world: World) -> Report:
         obeyed = adherence(oracle(sample.video_PHW3, world), facts[0])
         right = {**obeyed, "all": all(obeyed[name] for name in JUDGED)}
         rows.append({name: float(yes) for name, yes in right.items()})
-    names, prompts = zip(*((sample.name, sample.asked.prompt) for sample in samples), strict=True)
-    return summarise("adherence", PROTOCOL, names, rows, {"": "oracle"}, groups=prompts)
+    names, groups = zip(*((sample.name, sample.asked.words) for sample in samples), strict=True)
+    return summarise("adherence", PROTOCOL, names, rows, {"": "oracle"}, groups=groups)

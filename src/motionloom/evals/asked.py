@@ -30,7 +30,7 @@ import yaml
 from numpy.typing import NDArray
 
 from motionloom.data.manifest import ManifestEntry, Problem, Problems, read_manifest
-from motionloom.data.media import VIDEO_SUFFIXES, MediaError, read_clip, read_sound
+from motionloom.data.media import VIDEO_SUFFIXES, MediaError, is_sound, read_clip, read_sound
 from motionloom.data.shapeworld import Facts, parse
 from motionloom.errors import UserError
 
@@ -109,6 +109,11 @@ class Asked:
         return tuple(scene.caption for scene in self.scenes) or (self.prompt,)
 
     @property
+    def words(self) -> tuple[str, ...]:
+        """All that was said: clips of the same words differ in their seeds alone."""
+        return (self.prompt, *self.captions)
+
+    @property
     def facts(self) -> tuple[Facts, ...] | None:
         """What the captions promise in ShapeWorld, scene by scene; None where one is of another world."""
         read = tuple(parse(caption) for caption in self.captions)
@@ -118,7 +123,10 @@ class Asked:
 
 @dataclass(frozen=True)
 class Sample:
-    """A clip, uint8 (P, H, W, 3), its sound (channels, samples) if it has one, and what was asked of it."""
+    """A clip, uint8 (P, H, W, 3), its sound (channels, samples) if it has one, and what was asked of it.
+
+    A file of sound alone has a picture of no frames.
+    """
 
     name: str
     video_PHW3: Video
@@ -265,7 +273,8 @@ def _record_of(entry: ManifestEntry, file: Path) -> Record:
 
 
 def _clip_files(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.suffix.lower() in VIDEO_SUFFIXES | {".webp", ".gif"})
+    kinds = VIDEO_SUFFIXES | {".webp", ".gif"}
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in kinds or is_sound(p))
 
 
 def _sample(where: str, record: Any, folder: Path) -> Sample:
@@ -273,30 +282,36 @@ def _sample(where: str, record: Any, folder: Path) -> Sample:
     if not isinstance(record, Mapping) or not isinstance(record.get("file"), str):
         raise UserError(f"{where}: has no file; name the clip it asks for")
     file = folder / record["file"]
-    clip = read_clip(file)
-    asked = read_asked(record, where, folder, float(record.get("fps") or 0.0) or clip.fps)
+    fps = float(record.get("fps") or 0.0)
+    if is_sound(file):
+        video = np.zeros((0, 1, 1, 3), np.uint8)
+        asked = read_asked(record, where, folder, fps or SOUND_FPS)
+    else:
+        clip = read_clip(file)
+        video, asked = clip.video_FHW3, read_asked(record, where, folder, fps or clip.fps)
     wanted = sum(scene.frames for scene in asked.scenes)
-    if wanted and wanted != len(clip.video_FHW3):
-        raise UserError(
-            f"{where}: scenes of {wanted} frames, the file holds {len(clip.video_FHW3)}; correct scenes"
-        )
+    if wanted and len(video) not in (0, wanted):
+        raise UserError(f"{where}: scenes of {wanted} frames, the file holds {len(video)}; correct scenes")
     sound, rate = _sound(file)
-    sample = Sample(file.stem, clip.video_FHW3, asked.fps, asked, sound, rate, file)
-    _check_given(where, sample)
+    sample = Sample(file.stem, video, asked.fps, asked, sound, rate, file)
+    if len(video):
+        _check_given(where, sample)
     return sample
 
 
 def _sound(file: Path) -> tuple[NDArray[np.float32] | None, int]:
-    """A file's sound, mono at 16 kHz; None where it has none."""
-    if file.suffix.lower() not in VIDEO_SUFFIXES:
+    """A file's sound, mono at 16 kHz; None where it has none. Raises MediaError for one that is damaged."""
+    if not is_sound(file) and file.suffix.lower() not in VIDEO_SUFFIXES:
         return None, 0
     try:
         return read_sound(file, SOUND_RATE, mono=True), SOUND_RATE
-    except MediaError:
-        return None, 0
+    except MediaError as error:
+        if error.kind == "no sound":
+            return None, 0
+        raise
 
 
-SOUND_RATE = 16_000
+SOUND_RATE, SOUND_FPS = 16_000, 8.0  # the rate of scenes' frames, where a file has no picture to say it
 
 
 def read_asked(record: Record, where: str, folder: Path, fps: float) -> Asked:
@@ -365,6 +380,8 @@ def _ranges(
     if kind == "keyframes":
         frames = [int(float(time) * fps + 1e-3) for time in record.get("times") or ()]
         return tuple((frame, frame + 1) for frame in frames)
+    if kind in ("spatial_crop", "mask") and not record.get("region") and not record.get("mask"):
+        return ()
     if kind == "scene":
         if not isinstance(record.get("scenes"), list):
             raise UserError(f"{where}: scene without their numbers; write given: [[first, end], ...]")

@@ -17,7 +17,7 @@ from motionloom.config.recipe import Recipe
 from motionloom.nn.attention import CHOICES, Pattern
 from motionloom.nn.attention.choice import best
 from motionloom.nn.attention.dispatch import problem, trial, ways
-from motionloom.plans import Geometry, Plan, Text, join_attributes, to_streams
+from motionloom.plans import NOTHING, Geometry, Plan, Sample, Text, Values, join_attributes, to_streams
 from motionloom.plans.lower import lower
 
 SCENES = 3
@@ -55,14 +55,23 @@ def _clip(recipe: Recipe, plan: Plan, grid: tuple[int, int, int]) -> tuple[Mappi
     frames, tokens = grid[0], grid[1] * grid[2]
     scenes = min(SCENES, frames) if recipe.plan.type == "scenes" else 1
     scene_F = torch.arange(frames) * scenes // frames
-    geometry = Geometry(grid, torch.zeros(1, frames), (1.0, 1.0), scene_F[None], 1)
+    times_F = torch.arange(frames + 1.0)
+    geometry = Geometry(
+        grid,
+        torch.zeros(1, frames),
+        (1.0, 1.0),
+        scene_F[None],
+        1,
+        span_BF2=torch.stack([times_F[:-1], times_F[1:]], dim=1)[None],
+        scenes=scenes,
+    )
     words = scenes * recipe.text_encoder.max_length
     scene_L = torch.arange(words) * scenes // words
     text = Text(torch.zeros(1, words, 1), torch.ones(1, words, dtype=torch.bool), scene_L[None])
-    layout = plan.layout(geometry, text, torch.zeros(1, frames, dtype=torch.bool))
-    levels_BK = layout.levels(torch.zeros(1, layout.num_draws))
-    nothing = torch.zeros(1, frames, tokens, 1)
-    return to_streams(layout, nothing, nothing, levels_BK, text, lambda x, *_: x), layout.visibility
+    layout = plan.layout(Sample({"video": geometry}), text, NOTHING)
+    track, nothing = layout.tracks["video"], {"video": torch.zeros(1, frames, tokens, 1)}
+    levels = {"video": track.sigmas(torch.zeros(1, track.num_draws))}
+    return to_streams(layout, Values(nothing), nothing, levels, text, lambda x, *_: x), layout.visibility
 
 
 def _row(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ Video = NDArray[np.uint8]
 
 THUMBNAIL = 32
 LEAST_CHANGE = 10.0  # levels of 255 that the mean pixel of a thumbnail must change by
+LEAST_COLORS = 0.2  # ... the share of its pixels that change places among colours, which motion hardly does
 PEAK = 3.0  # ... and times the median change of the frames around
 AROUND = 8  # frames to either side
 
@@ -127,27 +127,37 @@ def thumbnails(video_PHW3: Video) -> NDArray[np.float32]:
     return np.stack(small).astype(np.float32)
 
 
+def _color_change(small_PHW3: NDArray[np.float32]) -> NDArray[np.float64]:
+    """(P - 1,) how much of the histogram of 8 x 8 x 8 colours moves from each frame to the next, 0..1."""
+    red, green, blue = np.moveaxis((small_PHW3 // 32).astype(int), -1, 0)
+    codes = ((red * 8 + green) * 8 + blue).reshape(len(small_PHW3), -1)
+    counts = np.stack([np.bincount(code, minlength=512) for code in codes]) / codes.shape[1]
+    return np.asarray(np.abs(np.diff(counts, axis=0)).sum(1) / 2)
+
+
 def pixel_cuts(video_PHW3: Video) -> tuple[int, ...]:
     """Frames at which the picture changes at once, and by more than its surroundings move.
 
-    Blind to dissolves and to cuts between alike pictures. A cut smeared over two frames is told where it
+    Both pixels and the histogram of colours must change, as something fast moves the former alone. Blind to
+    dissolves and to cuts between pictures of the same colours. A cut smeared over two frames is told where it
     changes most.
     """
     if len(video_PHW3) < 2:
         return ()
     small = thumbnails(video_PHW3)
     change = np.abs(np.diff(small, axis=0)).mean(axis=(1, 2, 3))  # [k]: between frames k and k + 1
+    colors = _color_change(small)
     cuts = []
     for k, here in enumerate(change):
         near = np.delete(change[max(0, k - AROUND) : k + AROUND + 1], min(k, AROUND))
         usual = float(np.median(near)) if len(near) else 0.0
         neighbours = change[max(0, k - 1) : k + 2]
-        if here >= max(LEAST_CHANGE, PEAK * usual) and here == neighbours.max():
+        sudden = here >= max(LEAST_CHANGE, PEAK * usual) and here == neighbours.max()
+        if sudden and colors[k] >= LEAST_COLORS:
             cuts.append(k + 1)
     return tuple(cuts)
 
 
-@lru_cache(maxsize=1)
 def transnet() -> Detector:
     """TransNetV2, trained on film, from a wheel; counts a cut where it is surer than even.
 

@@ -20,8 +20,22 @@ from torch import Tensor, nn
 
 from motionloom.data.cache import Cache
 from motionloom.data.cache.identity import mismatches
-from motionloom.generate import Given, Model
-from motionloom.plans import Geometry, Layout, Streams, Text, join_attributes, read_video, to_streams_at
+from motionloom.flow import LINEAR
+from motionloom.generate import Model
+from motionloom.plans import (
+    NOTHING,
+    Geometry,
+    Given,
+    Layout,
+    Sample,
+    Streams,
+    Text,
+    Values,
+    exactly,
+    join_attributes,
+    read_clip,
+    to_streams_at,
+)
 from motionloom.rng import torch_generator
 from motionloom.text import encode_scenes
 
@@ -29,7 +43,7 @@ Status = Literal["ok", "wrong", "warning", "skipped"]
 
 # Relative to the output's RMS. What has no influence leaves the output equal to the bit (a masked weight is
 # an exact 0), so this only has to be above nothing; a network in its first steps is moved by 1e-4.
-NOTHING = 1e-6
+NO_CHANGE = 1e-6
 # The doctor looks at a small clip: structure does not depend on size.
 SIDE, FRAMES = 4, 8
 KEYS = 4
@@ -82,12 +96,7 @@ class Doctor:
         self.model, self.cache, self.trained = model, cache, trained
         self.geometry = self._geometry()
         self.text = model.encode_text(self._captions(0))
-        shape = (
-            1,
-            self.geometry.grid[0],
-            self.geometry.grid[1] * self.geometry.grid[2],
-            model.token_channels,
-        )
+        shape = (1, self.geometry.grid[0], self.geometry.cells, model.token_channels)
         generator = torch_generator("doctor", "latents")
         self.x_BFSC = torch.randn(shape, generator=generator).to(model.device)
         self.other_BFSC = torch.randn(shape, generator=generator).to(model.device)
@@ -139,7 +148,7 @@ class Doctor:
             return Finding(check, "wrong", "the embeddings of valid tokens are 0", mend)
         both_BL = self.text.valid_BL & other.valid_BL
         change = _rms((self.text.x_BLC - other.x_BLC)[both_BL]) / _rms(words)
-        if change <= NOTHING:
+        if change <= NO_CHANGE:
             mend = "it is constant: look at its weights and at the ids that reach them"
             return Finding(check, "wrong", "two captions have the same embedding", mend)
         return Finding(check, "ok", f"two captions differ by {change:.2g} of their size")
@@ -156,9 +165,9 @@ class Doctor:
         if not padding_BL1.any():
             return Finding("text mask", "skipped", "the caption fills max_length: there is no padding")
         leak = self._change(self._answer(text=self._noise_where(padding_BL1)))
-        if leak <= NOTHING:
+        if leak <= NO_CHANGE:
             return Finding("text mask", "ok", "padding has no influence")
-        if self._change(self._answer(text=self._noise_where(~padding_BL1))) <= NOTHING:
+        if self._change(self._answer(text=self._noise_where(~padding_BL1))) <= NO_CHANGE:
             mend = "the mask is inverted: True must mean that a token is valid"
             return Finding("text mask", "wrong", "only padding is attended to", mend)
         mend = "hand Stream.valid_BN to the attention as its key mask"
@@ -198,20 +207,19 @@ class Doctor:
 
     def given_matters(self) -> Finding:
         """A given frame changes what is made of the others."""
-        if not self._can_give:
-            return Finding("given frames", "skipped", "this plan gives none")
-        a, b = (self._answer(given=self._first(clean))[:, 1:] for clean in (self.x_BFSC, self.other_BFSC))
+        if self.geometry.grid[0] < 2:
+            return Finding("given frames", "skipped", "there is one frame")
+        a, b = (self._answer(first=clean)[:, 1:] for clean in (self.x_BFSC, self.other_BFSC))
         change = _rms(a - b) / max(_rms(a), 1e-12)
         return _must_matter("given frames", change, "the given frame", "let later tokens see the given ones")
 
     def given_is_exact(self) -> Finding:
         """Given tokens enter bit-identical, at sigma 0, with no loss on them."""
         check = "given frames are exact"
-        if not self._can_give:
-            return Finding(check, "skipped", "this plan gives none")
-        given = self._first(self.other_BFSC)
-        layout = self._layout(self.text, given)
-        video = self._streams(layout, self.x_BFSC, 0.5, self.text, given)["video"]
+        if self.geometry.grid[0] < 2:
+            return Finding(check, "skipped", "there is one frame")
+        layout = self._layout(self.text, self._first())
+        video = self._streams(layout, self.other_BFSC, 0.5, self.text)["video"]
 
         def of_frame(t_BN: Tensor) -> Tensor:
             # The context copies of teacher forcing stand in front; the clip is the tail.
@@ -242,7 +250,7 @@ class Doctor:
             leak = self._leak(streams, layout, _reach(sees_JJ)[words:])
             with self._first_block_alone():
                 leak = max(leak, self._leak(streams, layout, sees_JJ[words:]))
-        if leak > NOTHING:
+        if leak > NO_CHANGE:
             mend = "a mask is missing somewhere: compare the backbone with plans.dense_mask"
             return Finding("hidden tokens", "wrong", f"one changes the output by {leak:.2g}", mend)
         return Finding("hidden tokens", "ok", "they have no influence")
@@ -334,40 +342,35 @@ class Doctor:
         """Whether gradients should reach the text encoder; not while text does not get through anyway."""
         return self.model.text_encoder.trainable and not self._wrong.intersection(TEXT_CHECKS)
 
-    @property
-    def _can_give(self) -> bool:
-        return self.model.plan.knows_given and self.geometry.grid[0] > 1
-
     def _geometry(self) -> Geometry:
         """A small clip of this recipe's kind, in two scenes: plans without scenes do not mind."""
         spec, patch = self.model.tokenizer.spec, self.model.patch
         latent_frames = spec.latent_grid(self.model.clip_shape[0], spec.spatial, spec.spatial)[0]
         frames = min(latent_frames // patch[0], FRAMES)
         scenes = [part * patch[0] for part in (frames // 2, frames - frames // 2) if part]
+        shots = [spec.pixel_frames(scenes[0])]
+        if len(scenes) > 1:
+            alone = self.model.shots_alone(2)
+            rest = spec.pixel_frames(scenes[1]) if alone else spec.pixel_frames(sum(scenes)) - shots[0]
+            shots.append(rest)
         side = SIDE * spec.spatial
-        return self.model.geometry(
-            spec.pixel_frames(sum(scenes)), side * patch[1], side * patch[2], self.model.fps, scenes, batch=1
-        )
+        return self.model.geometry(shots, side * patch[1], side * patch[2], self.model.fps, batch=1)
 
-    def _first(self, clean_BFSC: Tensor) -> Given:
+    def _first(self) -> Given:
         """The first frame given."""
-        given_BF = self._nothing()
-        given_BF[:, 0] = True
-        return Given(clean_BFSC, given_BF)
+        index_N = torch.arange(self.geometry.tokens, device=self.model.device)
+        return Given({"video": exactly((index_N < self.geometry.cells)[None])})
 
-    def _nothing(self) -> Tensor:
-        return torch.zeros(1, self.geometry.grid[0], dtype=torch.bool, device=self.model.device)
+    def _layout(self, text: Text, given: Given = NOTHING, geometry: Geometry | None = None) -> Layout:
+        sample = Sample({"video": geometry or self.geometry}, fps=self.model.fps)
+        return self.model.plan.layout(sample, text, given)
 
-    def _layout(self, text: Text, given: Given | None = None, geometry: Geometry | None = None) -> Layout:
-        given_BF = self._nothing() if given is None else given.given_BF
-        return self.model.plan.layout(geometry or self.geometry, text, given_BF)
-
-    def _streams(
-        self, layout: Layout, x_BFSC: Tensor, sigma: float, text: Text, given: Given | None = None
-    ) -> Streams:
-        sigma_BD = torch.full((1, layout.num_draws), sigma, device=self.model.device)
-        clean_BFSC = x_BFSC if given is None else given.clean_BFSC
-        return to_streams_at(layout, clean_BFSC, x_BFSC, layout.levels(sigma_BD), text)
+    def _streams(self, layout: Layout, clean_BFSC: Tensor, sigma: float, text: Text) -> Streams:
+        """What is made at ``x_BFSC``, what is given of ``clean_BFSC``."""
+        track = layout.tracks["video"]
+        sigma_BD = torch.full((1, track.num_draws), sigma, device=self.model.device)
+        x, levels = {"video": self.x_BFSC}, {"video": track.sigmas(sigma_BD)}
+        return to_streams_at(layout, Values({"video": clean_BFSC}), x, x, levels, text, LINEAR.mix)
 
     def _predict(self, layout: Layout, streams: Streams) -> Tensor:
         """The network's own answer (B, N, C): as a velocity it would depend on sigma, whatever the network
@@ -379,21 +382,22 @@ class Doctor:
         self,
         sigma: float = 0.5,
         text: Text | None = None,
-        given: Given | None = None,
+        first: Tensor | None = None,
         geometry: Geometry | None = None,
         apart: tuple[int, int, int] = (1, 1, 1),
     ) -> Tensor:
         """The network's answer for the clip (B, F, S, C), with what is asked for otherwise.
 
         Args:
+            first: a clip whose first frame is given.
             apart: how many cells (frames, rows, columns) lie from one token to the next.
         """
         text = self.text if text is None else text
-        layout = self._layout(text, given, geometry)
-        streams = self._streams(layout, self.x_BFSC, sigma, text, given)
+        layout = self._layout(text, NOTHING if first is None else self._first(), geometry)
+        streams = self._streams(layout, self.x_BFSC if first is None else first, sigma, text)
         video = streams["video"]
         cells = replace(video, cell_BN3=video.cell_BN3 * torch.tensor(apart, device=video.cell_BN3.device))
-        return read_video(layout, self._predict(layout, {**streams, "video": cells}))
+        return read_clip(layout, "video", self._predict(layout, {**streams, "video": cells}))
 
     def _noise_where(self, where_BL1: Tensor) -> Text:
         """The caption with noise in the place of some embeddings."""
@@ -449,6 +453,6 @@ def _rms(x: Tensor) -> float:
 
 
 def _must_matter(check: str, change: float, what: str, mend: str) -> Finding:
-    if change > NOTHING:
+    if change > NO_CHANGE:
         return Finding(check, "ok", f"{what} changes the output by {change:.2g} of its size")
     return Finding(check, "wrong", f"{what} has no influence on the output", mend)

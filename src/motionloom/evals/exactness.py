@@ -1,7 +1,8 @@
 """Whether what was given came back: latents to the bit, pixels to the last level.
 
-Protocol ``given-v1``: over all values of the given region, clip by clip and condition by condition. Files
-other than lossless ones (png, webp at quality 100) add their codec's error to the pixels' figures.
+Protocol ``given-v1``: over all values of the given region, clip by clip and condition by condition. Pixels
+that were made from latents carry the tokenizer's error, and those read from files their codec's (webp at
+quality 100 has none).
 
 P frames, H x W pixels; latents (F, h, w, C).
 """

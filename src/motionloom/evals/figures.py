@@ -36,7 +36,8 @@ def bootstrap(
     Args:
         values: one number per clip; None or NaN is "cannot be said of this clip" and is left out.
         key: names the draws, so that equal figures come with equal intervals.
-        groups: clips of one group (the seeds of one prompt) are drawn together, as they are not independent.
+        groups: clips of one group (the seeds of one prompt) are drawn together, as they are not independent;
+            where there is but one, by themselves.
 
     Source: Efron & Tibshirani, An Introduction to the Bootstrap (1993), 13.3; by groups: Davison & Hinkley,
     Bootstrap Methods and their Application (1997), 3.8.
@@ -45,7 +46,9 @@ def bootstrap(
     if not known:
         return None
     number_N = np.asarray([values[i] for i in known], np.float64)
-    names = list(range(len(known))) if groups is None else [groups[i] for i in known]
+    names: list[Hashable] = list(range(len(known)))
+    if groups is not None and len({groups[i] for i in known}) > 1:
+        names = [groups[i] for i in known]
     place = {name: n for n, name in enumerate(dict.fromkeys(names))}
     group_N = np.asarray([place[name] for name in names])
     total, size = np.bincount(group_N, number_N), np.bincount(group_N)

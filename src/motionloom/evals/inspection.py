@@ -148,9 +148,10 @@ def inspect_model(model: Model, step: int, folder: str) -> dict[str, Any]:
 def sheet_clips(cache: Cache, most: int = 24) -> tuple[list[Any], list[str]]:
     """Decoded clips spread evenly over a cache, with their captions: what training really sees."""
     tokenizer = cache.tokenizer()
-    rows = torch.linspace(0, len(cache) - 1, min(most, len(cache))).round().long().tolist()
+    seen = [n for n in range(len(cache)) if not cache.bucket_of(n).is_sound]
+    rows = torch.linspace(0, len(seen) - 1, min(most, len(seen))).round().long().tolist()
     clips, captions = [], []
-    for row in cache.rows(rows):
+    for row in cache.rows(seen[n] for n in rows):
         clips.append(row.decode(tokenizer).numpy())
         captions.append(" | ".join(row.captions))
     return clips, captions

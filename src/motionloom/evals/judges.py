@@ -19,6 +19,7 @@ from motionloom.evals.figures import Report
 from motionloom.evals.masked import judge_masked
 from motionloom.evals.scenes import judge_scenes
 from motionloom.evals.seam import joints, judge_seams
+from motionloom.evals.sounding import judge_sound
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,12 @@ def _of_world(samples: Sequence[Sample]) -> bool:
     return all(sample.asked.facts is not None for sample in samples)
 
 
+def _seen(sample: Sample) -> bool:
+    return len(sample.video_PHW3) > 0
+
+
 def _one_scene(sample: Sample) -> bool:
-    return len(sample.asked.captions) == 1 and sample.asked.facts is not None
+    return _seen(sample) and len(sample.asked.captions) == 1 and sample.asked.facts is not None
 
 
 def _partly_given(sample: Sample) -> bool:
@@ -80,7 +85,7 @@ JUDGES: dict[str, Judge] = {
     ),
     "conditions": Judge(
         "a condition with its source",
-        lambda sample: any(given.source_PHW3 is not None for given in sample.asked.given),
+        lambda sample: _seen(sample) and any(given.source_PHW3 is not None for given in sample.asked.given),
         lambda samples, tools: judge_conditions(samples),
     ),
     "seam": Judge(
@@ -89,7 +94,16 @@ JUDGES: dict[str, Judge] = {
         _seams,
     ),
     "masked": Judge("a condition that gives a part of a frame", _partly_given, _masked),
-    "scenes": Judge("two or more scenes", lambda sample: len(sample.asked.scenes) > 1, _scenes),
+    "scenes": Judge(
+        "two or more scenes and a picture",
+        lambda sample: _seen(sample) and len(sample.asked.scenes) > 1,
+        _scenes,
+    ),
+    "sound": Judge(
+        "a sound track, and captions of ShapeWorld",
+        lambda sample: sample.sound is not None and sample.asked.facts is not None,
+        lambda samples, tools: judge_sound(samples, tools.world),
+    ),
 }
 
 

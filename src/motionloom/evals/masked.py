@@ -46,7 +46,7 @@ def judge_masked(samples: Sequence[Sample], world: World | None = None) -> Repor
     """
     rows = [_row(sample, world) for sample in samples]
     encoders = {"": "oracle", "made part: psnr to source (dB)": "pixels", "made part of the clip": "pixels"}
-    names, groups = zip(*((sample.name, sample.asked.prompt) for sample in samples), strict=True)
+    names, groups = zip(*((sample.name, sample.asked.words) for sample in samples), strict=True)
     return summarise("masked", PROTOCOL, names, rows, encoders, targets=TARGETS, groups=groups)
 
 

@@ -204,7 +204,7 @@ def judge_scenes(
         real = [_judge_one(sample, encoder, detector, None)[0] for sample in reference]
         gap = consistency_gap(*(_known(part, "visual consistency") for part in (rows, real)))
         details["consistency_gap"] = {"value": gap, "clips": len(real), "encoder": encoder.name}
-    names, groups = zip(*((sample.name, sample.asked.prompt) for sample in samples), strict=True)
+    names, groups = zip(*((sample.name, sample.asked.words) for sample in samples), strict=True)
     return summarise(
         "scenes", PROTOCOL, names, rows, encoders, targets=TARGETS, groups=groups, details=details
     )

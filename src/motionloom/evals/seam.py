@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 
 import numpy as np
 from numpy.typing import NDArray
@@ -88,15 +89,27 @@ LEAST_SPEED = 0.004  # of the frame's shorter side, per frame: slower is standin
 BLOCK, REACH, SIDE = 8, 6, 96  # of block matching, in pixels of the scaled picture
 
 
-def block_motion(earlier_HW3: Video, later_HW3: Video) -> NDArray[np.float64]:
-    """Mean displacement (right, down) between two frames in pixels, by matching blocks.
+@dataclass(frozen=True)
+class Blocks:
+    """Where each block of a frame lies in another one; R x C blocks.
 
-    Blocks count by their texture. No network: for clips whose objects no oracle knows. Displacements beyond
-    6 / 96 of the longer side are
+    ``move_RC2``: right and down in pixels. ``weight_RC``: texture times change, as flat blocks and those that
+    stay as they are say little. ``trust_RC``: how much of the change the shift explains, 0..1.
+    """
+
+    move_RC2: NDArray[np.float64]
+    weight_RC: NDArray[np.float64]
+    trust_RC: NDArray[np.float64]
+
+
+def block_motion(anchor_HW3: Video, other_HW3: Video) -> Blocks:
+    """Match blocks of 8 x 8 pixels by their absolute difference.
+
+    No network: for clips whose objects no oracle knows. Displacements beyond 6 / 96 of the longer side are
     not found. The best shift is refined by a parabola through its neighbours' costs.
     """
-    scale = max(1.0, max(earlier_HW3.shape[:2]) / SIDE)
-    first, second = (_grey(frame, scale) for frame in (earlier_HW3, later_HW3))
+    scale = max(1.0, max(anchor_HW3.shape[:2]) / SIDE)
+    first, second = (_grey(frame, scale) for frame in (anchor_HW3, other_HW3))
     rows, columns = first.shape[0] // BLOCK, first.shape[1] // BLOCK
     first, second = (part[: rows * BLOCK, : columns * BLOCK] for part in (first, second))
     padded = np.pad(second, REACH, mode="edge")
@@ -105,11 +118,10 @@ def block_motion(earlier_HW3: Video, later_HW3: Video) -> NDArray[np.float64]:
     for down, right in np.ndindex(width, width):
         shifted = padded[down : down + first.shape[0], right : right + first.shape[1]]
         cost[down, right] = _by_block(np.abs(shifted - first), rows, columns)
-    texture = _by_block(_gradient(first), rows, columns)
-    if texture.sum() < 1e-6:
-        return np.zeros(2)
     moves = np.array([[_best(cost[:, :, i, j]) for j in range(columns)] for i in range(rows)])
-    return scale * (moves * texture[..., None]).sum((0, 1)) / texture.sum()
+    change = cost[REACH, REACH]
+    trust = np.where(change > 1e-9, 1 - cost.min(axis=(0, 1)) / np.maximum(change, 1e-9), 1.0)
+    return Blocks(scale * moves, _by_block(_gradient(first), rows, columns) * change, trust)
 
 
 def _grey(frame_HW3: Video, scale: float) -> NDArray[np.float64]:
@@ -150,17 +162,26 @@ def _parabola(cost: NDArray[np.float64], at: int) -> float:
 
 
 def flow_change(video_PHW3: Video, joint: int, span: int = 3) -> float | None:
-    """As `velocity_change`, of the whole picture's motion by block matching, in a clip of any content.
+    """As `velocity_change`, of a clip of any content, block by block: what a block of the joint's frames did
+    before against what it does after, weighted; near 0 for steady motion, 1 where it stops, towards 2 where
+    it turns back. Film is never quite steady: read it beside a real clip's own.
 
-    None where either side has no two frames, or the picture moves by less than a tenth of a pixel.
+    None where either side has no two frames, or nothing moves by a tenth of a pixel.
     """
     first, last = max(0, joint - 1 - span), min(len(video_PHW3) - 1, joint + span)
     if first == joint - 1 or last == joint:
         return None
-    before = block_motion(video_PHW3[first], video_PHW3[joint - 1]) / (joint - 1 - first)
-    after = block_motion(video_PHW3[joint], video_PHW3[last]) / (last - joint)
-    largest = max(float(np.hypot(*before)), float(np.hypot(*after)))
-    return float(np.hypot(*(after - before))) / largest if largest > 0.1 else None
+    back = block_motion(video_PHW3[joint - 1], video_PHW3[first])
+    ahead = block_motion(video_PHW3[joint], video_PHW3[last])
+    before, after = -back.move_RC2 / (joint - 1 - first), ahead.move_RC2 / (last - joint)
+    weight = np.maximum(back.weight_RC, ahead.weight_RC) * back.trust_RC * ahead.trust_RC
+    largest = np.maximum(np.hypot(*np.moveaxis(before, -1, 0)), np.hypot(*np.moveaxis(after, -1, 0)))
+    gap = np.hypot(*np.moveaxis(after - before, -1, 0))
+    moving = float((weight * largest).sum())
+    return float((weight * gap).sum()) / moving if moving > LEAST_FLOW * weight.sum() else None
+
+
+LEAST_FLOW = 0.1  # pixels a frame, of what counts
 
 
 def identity_cosine(video_PHW3: Video, given_P: NDArray[np.bool_], encoder: Encoder) -> float:
@@ -224,15 +245,30 @@ def judge_seams(
 
     Args:
         world: where the clips are ShapeWorld's, for the oracle.
-        real: clips whose frame difference is the measure.
+        real: clips whose frame difference is the measure. What they give at the same places is told in
+            ``details``: the figures of a perfect model.
     """
     typical = typical_difference(real) if real else None
     rows = [_row(sample, encoder, world, typical) for sample in samples]
     oracle_names = (*TARGETS, "keeps size", "velocity change")
     encoders = {"": "pixels", "identity cosine": encoder.name, "flow change": "block-matching-v1"}
     encoders |= {name: "oracle" for name in oracle_names if not name.startswith("seam")}
-    names, groups = zip(*((sample.name, sample.asked.prompt) for sample in samples), strict=True)
-    return summarise("seam", PROTOCOL, names, rows, encoders, targets=TARGETS, groups=groups)
+    names, groups = zip(*((sample.name, sample.asked.words) for sample in samples), strict=True)
+    details = {"real": _real_joints(samples, real)} if real else {}
+    return summarise("seam", PROTOCOL, names, rows, encoders, targets=TARGETS, groups=groups, details=details)
+
+
+def _real_joints(samples: Sequence[Sample], real: Sequence[Video]) -> dict[str, float | None]:
+    """What real clips give where the samples have their joints, though nothing was made there."""
+    found = []
+    for sample, video in zip(samples, cycle(real), strict=False):
+        at = [joint for joint in joints(sample.given_P) if joint < len(video)]
+        if at:
+            found.append((seam_ratio(video, at), _mean([flow_change(video, joint) for joint in at])))
+    return {
+        "seam ratio": _mean([ratio for ratio, _ in found]),
+        "flow change": _mean([change for _, change in found]),
+    }
 
 
 def _row(

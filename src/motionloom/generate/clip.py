@@ -5,6 +5,8 @@ Shapes: B batch, P pixel frames, H x W pixels, F token frames, S cells of a fram
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -19,11 +21,11 @@ from motionloom.flow import PATHS, DiscreteSchedule, Guidance
 from motionloom.generate.guided import recipe_guidance
 from motionloom.generate.model import Model
 from motionloom.generate.rollout import Sampling, Task, rollout
-from motionloom.generate.sources import Source, source_values
+from motionloom.generate.sources import Source, as_long, source_values
 from motionloom.nn.patching import patchify, unpatchify
 from motionloom.plans import NOTHING, Conditions, Geometry, Given, Sample, Text, Values, as_shown
 from motionloom.rng import torch_generator
-from motionloom.tokenizers import decode_scenes
+from motionloom.tokenizers import decode_scenes, scene_sound
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,9 @@ class Clip:
 
 Progress = Callable[[int, int], None]
 """Called with (solver steps done, solver steps in all), over all batches."""
+
+Make = Callable[[Model, ClipRequest, Sampling, int, Progress], Iterator[Clip]]
+"""(model, request, sampling, index of the first prompt among all, progress of this batch) -> clips."""
 
 
 def recipe_sampling(
@@ -108,11 +113,15 @@ def generate(
     *,
     batch_size: int = 32,
     progress: Progress | None = None,
+    make: Make | None = None,
 ) -> Iterator[Clip]:
     """One clip per prompt, in order.
 
     The noise of clip i is keyed by (seed, i): neither the batch size nor the other prompts change a clip
     beyond rounding.
+
+    Args:
+        make: how a batch is made; None: all at once.
 
     Raises:
         UserError: no prompt, a size that the tokenizer cannot make, or a condition or source that does not
@@ -129,7 +138,7 @@ def generate(
 
         part = _part(request, slice(begin, begin + batch_size))
         try:
-            yield from _batch(model, part, sampling, begin, report)
+            yield from (make or at_once)(model, part, sampling, begin, report)
         except (MemoryError, RuntimeError) as error:
             if "memory" not in str(error).lower():
                 raise
@@ -155,16 +164,17 @@ def _part(request: ClipRequest, some: slice) -> ClipRequest:
     )
 
 
-def _batch(
-    model: Model, request: ClipRequest, sampling: Sampling, begin: int, report: Callable[[int, int], None]
+def at_once(
+    model: Model, request: ClipRequest, sampling: Sampling, begin: int, report: Progress
 ) -> Iterator[Clip]:
+    """A batch of clips in one rollout. Arguments as :data:`Make`."""
     task, shots = task_of(model, request, sampling, begin)
     with model.autocast():
         tokens = rollout(
             model.predictor,
             model.plan,
             task,
-            replace(sampling, guidance=_restricted(sampling, task, request)),
+            replace(sampling, guidance=restricted(sampling, task, request.conditions)),
             generator=torch_generator(request.seed, "solver", begin, device=model.device),
             progress=report,
         )
@@ -185,15 +195,15 @@ def task_of(
     sample = model.sample(shots, height, width, request.fps or model.fps, batch)
     conditions = Conditions(request.conditions)
     sample = with_sources(model, sample, conditions, request.sources)
-    captions, whole = _captions(request)
+    text, negative = request_text(model, request)
     noise = {m: _noise(model, geometry, m, request.seed, begin) for m, geometry in sample.tracks.items()}
     values = source_values(model.coders, conditions, request.sources, sample, _coded(model, shots))
     given = conditions.fixed(sample) if request.conditions else NOTHING
     return Task(
         sample,
-        _text(model, request, captions, whole),
+        text,
         noise,
-        negative=model.encode_text([[request.negative] * len(shots)] * batch, _empty(whole)),
+        negative=negative,
         given=given,
         values=_shown(values, given, request.seed, sampling.path),
         without={name: conditions.without(name).fixed(sample) for name in sampling.guidance.conditions},
@@ -255,8 +265,7 @@ def decode(
         latents = unpatchify(tokens["video"], sample.tracks["video"].grid, model.patch)
         video_BPHW3 = decode_scenes(model.tokenizer, latents.cpu(), _coded(model, shots))
     if "audio" in tokens:
-        assert model.audio_tokenizer is not None
-        sound_BZM, rate = model.audio_tokenizer.decode(tokens["audio"].flatten(1, 2).cpu())
+        sound_BZM, rate = _decode_sound(model, tokens["audio"].flatten(1, 2).cpu(), shots, sample.fps)
     for i in range(sample.batch):
         yield Clip(
             None if video_BPHW3 is None else video_BPHW3[i],
@@ -266,36 +275,55 @@ def decode(
         )
 
 
+def _decode_sound(
+    model: Model, latents_BTC: Tensor, shots: Sequence[int], fps: float | None
+) -> tuple[Tensor, int]:
+    """The sound of shots, each decoded as it was coded: alone and begun with its frames; and its rate."""
+    assert model.audio_tokenizer is not None
+    fps, coded = fps or model.fps, _coded(model, shots)
+    counts, _, _ = scene_sound(model.audio_tokenizer.spec, coded, fps)
+    parts, rate = [], 0
+    for shot, part in zip(coded, latents_BTC.split(counts, dim=1), strict=True):
+        sound_BZM, rate = model.audio_tokenizer.decode(part)
+        parts.append(sound_BZM if len(coded) == 1 else as_long(sound_BZM, round(shot / fps * rate)))
+    return torch.cat(parts, dim=-1), rate
+
+
 def _coded(model: Model, shots: Sequence[int]) -> list[int]:
     """Pixel frames of what is coded alone."""
     return list(shots) if model.shots_alone(len(shots)) else [sum(shots)]
 
 
-def _captions(request: ClipRequest) -> tuple[list[list[str]], list[str] | None]:
-    """Per scene, and of the whole."""
-    if not request.scenes:
-        return [[prompt] for prompt in request.prompts], None
-    whole = list(request.prompts) if any(request.prompts) else None
-    return [list(captions) for captions in request.scenes], whole
-
-
-def _empty(whole: list[str] | None) -> list[str] | None:
-    return None if whole is None else [""] * len(whole)
+def request_text(model: Model, request: ClipRequest) -> tuple[Text, Text]:
+    """What is said of the clips, and what guidance pushes them away from."""
+    captions = [list(one) for one in request.scenes] or [[prompt] for prompt in request.prompts]
+    # Beside captions of scenes the prompt is said of the whole.
+    whole = list(request.prompts) if request.scenes and any(request.prompts) else None
+    empty = None if whole is None else [""] * len(whole)
+    negative = model.encode_text([[request.negative] * len(one) for one in captions], empty)
+    return _text(model, request, captions, whole), negative
 
 
 def _text(model: Model, request: ClipRequest, captions: list[list[str]], whole: list[str] | None) -> Text:
-    """Captions of scenes and of the whole, and behind them those of references."""
+    """Captions of scenes and of the whole, and in front of them those of references."""
     text = model.encode_text(captions, whole)
-    told = [c.caption for c in request.conditions if isinstance(c, Reference)]
-    if not any(told):
+    seen: Counter[str] = Counter()
+    told: list[tuple[int, str]] = []
+    for c in request.conditions:
+        if isinstance(c, Reference):
+            told += [(seen[c.modality], c.caption)] if c.caption else []
+            seen[c.modality] += 1
+    if not told:
         return text
-    more = model.encode_text([told] * len(captions))
+    more = model.encode_text([[caption for _, caption in told]] * len(captions))
+    # Sound and picture of one reference are of one scene, which their captions share.
+    number_L = torch.tensor([number for number, _ in told], device=more.scene_BL.device)[more.scene_BL]
     context_BL = torch.zeros_like(text.valid_BL)
     return Text(
-        torch.cat([text.x_BLC, more.x_BLC], dim=1),
-        torch.cat([text.valid_BL, more.valid_BL], dim=1),
-        torch.cat([text.scene_BL, more.scene_BL + len(captions[0])], dim=1),
-        torch.cat([context_BL, torch.ones_like(more.valid_BL)], dim=1),
+        torch.cat([more.x_BLC, text.x_BLC], dim=1),
+        torch.cat([more.valid_BL, text.valid_BL], dim=1),
+        torch.cat([number_L + len(captions[0]), text.scene_BL], dim=1),
+        torch.cat([torch.ones_like(more.valid_BL), context_BL], dim=1),
     )
 
 
@@ -307,8 +335,11 @@ def _noise(model: Model, geometry: Geometry, modality: str, seed: int, begin: in
     else:
         channels, purpose = model.token_channels, "generate"
     shape = (geometry.grid[0], geometry.cells, channels)
+    count = math.prod(shape)
     generators = [torch_generator(seed, purpose, begin + i) for i in range(geometry.batch)]
-    return torch.stack([torch.randn(shape, generator=g) for g in generators]).to(model.device)
+    # Drawn by sixteens, as torch makes them: a longer clip then begins with the noise of a shorter one.
+    drawn = [torch.randn(-(-count // 16) * 16, generator=g)[:count].view(shape) for g in generators]
+    return torch.stack(drawn).to(model.device)
 
 
 def _shown(values: Values, given: Given, seed: int, path: str) -> Values:
@@ -324,10 +355,10 @@ def _shown(values: Values, given: Given, seed: int, path: str) -> Values:
     return replace(values, references=found)
 
 
-def _restricted(sampling: Sampling, task: Task, request: ClipRequest) -> Guidance:
+def restricted(sampling: Sampling, task: Task, conditions: Sequence[Base]) -> Guidance:
     """What of the guidance matters here: no pass is computed for the rest."""
     made = [
         m for m in task.sample.tracks if m not in task.given.marks or bool(task.given.marks[m].made_BN.any())
     ]
-    held = {condition.type for condition in request.conditions}
+    held = {condition.type for condition in conditions}
     return sampling.guidance.restricted(list(task.sample.tracks), made, held)

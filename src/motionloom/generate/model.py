@@ -14,7 +14,7 @@ from motionloom.errors import UserError
 from motionloom.generate.sources import Coders
 from motionloom.plans import Geometry, Plan, Sample, Text, token_geometry
 from motionloom.text.base import TextEncoder, encode_scenes
-from motionloom.tokenizers import VAES, Tokenizer, latent_scenes, scene_seconds, scene_spans
+from motionloom.tokenizers import VAES, Tokenizer, latent_scenes, scene_seconds, scene_sound, scene_spans
 from motionloom.tokenizers.audio import AudioTokenizer
 
 
@@ -138,13 +138,14 @@ class Model:
         """
         if self.audio_tokenizer is None:
             raise UserError("this model has no audio tokenizer: train it with audio.enabled")
-        spec = self.audio_tokenizer.spec
-        count = spec.latents(sum(shots) / fps)
-        seconds_T, span_T2 = spec.seconds(count), spec.spans(count)
-        ends = torch.tensor(shots).cumsum(0) / fps
-        scene_T = torch.searchsorted(ends.contiguous(), seconds_T, right=True).clamp_max(len(shots) - 1)
+        coded = list(shots) if self.shots_alone(len(shots)) else [sum(shots)]
+        counts, seconds_T, span_T2 = scene_sound(self.audio_tokenizer.spec, coded, fps)
+        scene_T = torch.arange(len(coded)).repeat_interleave(torch.tensor(counts))
+        if len(coded) < len(shots):
+            ends = torch.tensor(shots).cumsum(0) / fps
+            scene_T = torch.bucketize(span_T2.mean(dim=1), ends[:-1], right=True)
         return token_geometry(
-            (count, 1, 1),
+            (sum(counts), 1, 1),
             (1, 1, 1),
             seconds_T[None].to(self.device),
             scene_T[None].to(self.device),

@@ -40,6 +40,7 @@ from motionloom.plans import (
     start,
     to_streams_at,
 )
+from motionloom.plans.tokens import Mix
 
 Progress = Callable[[int, int], None]
 """Called with (solver steps done, solver steps in all)."""
@@ -114,16 +115,35 @@ def rollout(
             cache.begin(n)
         now = replace(task, given=given, values=replace(task.clean, clean=clean))
         view = _view(plan, now, sampling.guidance, caches, stage)
-        if any(bool((speed(view.layouts["cond"], m) > 0).any()) for m in view.walked):
+        if _walks(view):
             report = _reporter(progress, n * sampling.steps, len(stages) * sampling.steps)
             made = _solve(predictor, view, sampling, generator, report)
             clean = {m: _put(clean[m], stage[m], made[m]) for m in clean}
-            given = _given_now(task.sample, given, stage)
+        given = _given_now(task.sample, given, stage)
+        without = {name: _given_now(task.sample, one, stage) for name, one in task.without.items()}
+        task = replace(task, without=without)
         if caches and n + 1 < len(stages):
             # A clean pass, so that later chunks look at what was made and not at its noise.
-            done = replace(now, given=NOTHING, values=replace(task.clean, clean=clean))
-            _remember(predictor, _view(plan, done, sampling.guidance, caches, stage))
+            done = replace(task, given=given, values=replace(task.clean, clean=clean))
+            _remember(predictor, _view(plan, _plainly(done), sampling.guidance, caches, stage))
     return clean
+
+
+def _walks(view: _View) -> bool:
+    """Whether anything of the stage is left to make."""
+    layout = view.layouts["cond"]
+    return any(bool((speed(layout, m)[:, frames] > 0).any()) for m, frames in view.walked.items())
+
+
+def _plainly(task: Task) -> Task:
+    """A task whose stages are done: where all is clean, one noise level says so for all tokens."""
+
+    def plain(given: Given) -> Given:
+        noisy = any(marks.noise_BG is not None for marks in given.marks.values())
+        return given if noisy else replace(given, marks={})
+
+    without = {name: plain(given) for name, given in task.without.items()}
+    return replace(task, given=plain(task.given), without=without)
 
 
 @dataclass(frozen=True)
@@ -242,11 +262,7 @@ def _velocity(predictor: Predictor, view: _View, one: Pass, x: Tokens, sigma: fl
     layout, task = view.layouts[one.name], view.task
     mix = predictor.path.mix
     if one.without is not None:
-        # What this pass is not given it sees as it would see any made token: noisy.
-        truth = view.layouts["cond"]
-        level = torch.full((1, 1, 1), sigma, device=next(iter(x.values())).device)
-        noisy = {m: mix(task.clean.clean[m], task.noise[m], level) for m in x}
-        x = {m: keep_given(truth, m, noisy[m], x[m]) for m in x}
+        x = {m: _unknown(view, one, m, x_BFSC, sigma, mix) for m, x_BFSC in x.items()}
     levels = {
         m: track.sigmas(torch.full((len(x[m]), track.num_draws), sigma, device=x[m].device))
         for m, track in layout.tracks.items()
@@ -255,6 +271,13 @@ def _velocity(predictor: Predictor, view: _View, one: Pass, x: Tokens, sigma: fl
     cache = view.caches.get(one.name)
     out = predictor.velocity(streams, layout.visibility, cache, perturb=one.perturb)
     return {m: read_clip(layout, m, out[m])[:, view.walked[m]] for m in layout.tracks}
+
+
+def _unknown(view: _View, one: Pass, modality: str, x_BFSC: Tensor, sigma: float, mix: Mix) -> Tensor:
+    """What a pass is not given, or less of, it sees as it would see any token that is made: noisy."""
+    known, less = (speed(view.layouts[name], modality) for name in ("cond", one.name))
+    clean_BFSC, noise_BFSC = view.task.clean.clean[modality], view.task.noise[modality]
+    return torch.where(known == less, x_BFSC, mix(clean_BFSC, noise_BFSC, (sigma * less)[..., 0]))
 
 
 def _remember(predictor: Predictor, view: _View) -> None:
@@ -271,14 +294,15 @@ def _marked(task: Task) -> Given:
 
 
 def _given_now(sample: Sample, given: Given, stage: Stage) -> Given:
-    """And all of a stage that was made."""
+    """And all of a stage that was made; what was given before it stays as it was given."""
     marks = dict(given.marks)
     for modality, frames in stage.items():
         geometry = sample.tracks[modality]
         done_F = torch.zeros(geometry.grid[0], dtype=torch.bool, device=geometry.device)
         done_F[frames] = True
         nothing = Marks((), torch.zeros(1, geometry.tokens, dtype=torch.long, device=geometry.device))
-        marks[modality] = marks.get(modality, nothing).and_exactly(geometry.per_token(done_F[None]))
+        before = marks.get(modality, nothing)
+        marks[modality] = before.and_exactly(before.made_BN & geometry.per_token(done_F[None]))
     return replace(given, marks=marks)
 
 

@@ -10,8 +10,9 @@ w latent cells; Z sound channels, M samples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,9 +22,11 @@ from motionloom.config.conditions import Keyframes, Suffix
 from motionloom.errors import UserError
 from motionloom.nn.patching import patchify
 from motionloom.plans import Conditions, Geometry, Kind, Sample, Values, region
-from motionloom.plans.conditions import Draws
-from motionloom.tokenizers import Tokenizer, encode_scenes
+from motionloom.plans.conditions import SLACK, Draws, frame_at
+from motionloom.tokenizers import Tokenizer, encode_scenes, scene_sound
 from motionloom.tokenizers.audio import AudioTokenizer
+
+_NO_SOUND = "sound is given, and this model has no audio tokenizer: train with audio.enabled"
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,7 @@ def source_values(
                 references.setdefault(m, []).append(encode_reference(coders, source, m).to(device))
                 continue
             where_BFS = region(condition, sample, m, Draws(None, sample.batch, device))
-            x_BFSC = _encode(coders, condition, source, sample.tracks[m], where_BFS, shots, m)
+            x_BFSC = _encode(coders, condition, source, sample, where_BFS, shots, m)
             clean[m] = torch.where(where_BFS[..., None], x_BFSC.to(device), clean[m])
     return Values(clean, {m: tuple(found) for m, found in references.items()})
 
@@ -91,41 +94,48 @@ def encode_reference(coders: Coders, source: Source, modality: str) -> Tensor:
 
 def _brought(condition: Any, source: Source, sample: Sample) -> list[str]:
     """The modalities that a condition gives; all of them must be there."""
-    wanted = [m for m in (*sample.tracks,) if condition.modality in ("all", m)]
+    wanted = [m for m in sample.tracks if condition.modality in ("all", m)]
     has = {"video": source.video_BPHW3 is not None, "audio": source.sound_BZM is not None}
     for m in wanted:
-        if condition.modality == m and not has[m]:
+        if not has[m]:
             what = "pixels" if m == "video" else "sound"
-            raise UserError(f"{condition.type}: its source has no {what}: name one that has")
-    return [m for m in wanted if has[m]]
+            other = next((other for other in wanted if has[other]), "")
+            less = f", or set its modality to {other}" if condition.modality == "all" and other else ""
+            raise UserError(f"{condition.type}: its source has no {what}: name one that has{less}")
+    return wanted
 
 
 def _encode(
     coders: Coders,
     condition: Any,
     source: Source,
-    geometry: Geometry,
+    sample: Sample,
     where_BFS: Tensor,
     shots: Sequence[int],
     modality: str,
 ) -> Tensor:
     """(B, F, S, C): the source in its place; anything elsewhere."""
+    geometry = sample.tracks[modality]
     if modality == "audio":
-        return _resized(_sound_tokens(coders, source), geometry.grid[0])
+        return _sound_in_place(coders, condition, source, sample, where_BFS, shots)
     pixels_BPHW3 = source.video_BPHW3
     assert pixels_BPHW3 is not None
     _check_size(condition.type, pixels_BPHW3, geometry)
     total = sum(shots)
     if pixels_BPHW3.shape[1] != total:
-        ends = _pixel_ends(coders, shots)
-        given_F = where_BFS[0].any(dim=-1).tolist()
-        begins = [0, *ends[:-1]]
-        frames = [range(b, e) for b, e, given in zip(begins, ends, given_F, strict=True) if given]
-        pixels_BPHW3 = pixels_BPHW3[:, _laid_out(condition, pixels_BPHW3.shape[1], frames, total)]
+        ends = pixel_ends(coders, shots)
+        frames = [range(*ends_of) for ends_of in pairwise([0, *ends])]
+        given = [part for part, given in zip(frames, where_BFS.any(dim=2).any(dim=0), strict=True) if given]
+        brought = pixels_BPHW3.shape[1]
+        if isinstance(condition, Keyframes) and brought > 1:
+            at = _pictures(condition, brought, geometry, frames)
+        else:
+            at = _in_a_row(condition, brought, given)
+        pixels_BPHW3 = pixels_BPHW3[:, _laid_out(at, total)]
     return patchify(encode_scenes(coders.video, pixels_BPHW3, shots), coders.patch)
 
 
-def _pixel_ends(coders: Coders, shots: Sequence[int]) -> list[int]:
+def pixel_ends(coders: Coders, shots: Sequence[int]) -> list[int]:
     """The pixel frame at which each token frame ends."""
     spec, step = coders.video.spec, coders.patch[0]
     ends, begin = [], 0
@@ -136,29 +146,40 @@ def _pixel_ends(coders: Coders, shots: Sequence[int]) -> list[int]:
     return ends[step - 1 :: step]
 
 
-def _laid_out(condition: Any, brought: int, given: list[range], total: int) -> Tensor:
-    """For each pixel frame of the clip, the frame of the source that stands there, (P,)."""
+def _in_a_row(condition: Any, brought: int, given: list[range]) -> dict[int, int]:
+    """The frame of the source that stands at each given pixel frame: they follow each other."""
     places = [frame for part in given for frame in part]
     if brought == 1:
-        return torch.zeros(total, dtype=torch.long)
-    if isinstance(condition, Keyframes):
-        if brought != len(condition.times):
-            raise UserError(
-                f"keyframes: {len(condition.times)} times and {brought} pictures: give one for each"
-            )
-        at = [i for i, part in enumerate(given) for _ in part]
-    elif brought < len(places):
+        return dict.fromkeys(places, 0)
+    if brought < len(places):
         raise UserError(
             f"{condition.type}: its source has {brought} frames and {len(places)} are given of the clip: "
             "bring more, or give less"
         )
-    else:
-        first = brought - len(places) if isinstance(condition, Suffix) else 0
-        at = list(range(first, first + len(places)))
-    if not places:
+    first = brought - len(places) if isinstance(condition, Suffix) else 0
+    return {place: first + i for i, place in enumerate(places)}
+
+
+def _pictures(condition: Keyframes, brought: int, geometry: Geometry, frames: list[range]) -> dict[int, int]:
+    """As :func:`_in_a_row`, of pictures that stand still in the token frames of their times."""
+    if brought != len(condition.times):
+        raise UserError(f"keyframes: {len(condition.times)} times and {brought} pictures: give one for each")
+    at: dict[int, int] = {}
+    for picture, time in enumerate(condition.times):
+        (frame,) = frame_at(geometry, time)[0].nonzero().flatten().tolist()
+        if frames[frame][0] in at:
+            raise UserError(f"keyframes: {time:g} s is in the same token frame as another: keep one of them")
+        at |= dict.fromkeys(frames[frame], picture)
+    return at
+
+
+def _laid_out(at: Mapping[int, int], total: int) -> Tensor:
+    """For each pixel frame of the clip, the frame of the source that stands there or nearest, (P,)."""
+    if not at:
         return torch.zeros(total, dtype=torch.long)
-    nearest = (torch.arange(total)[:, None] - torch.tensor(places)).abs().argmin(dim=1)
-    return torch.tensor(at)[nearest]
+    places = torch.tensor(sorted(at))
+    nearest = (torch.arange(total)[:, None] - places).abs().argmin(dim=1)
+    return torch.tensor([at[place] for place in places.tolist()])[nearest]
 
 
 def _check_size(kind: str, pixels_BPHW3: Tensor, geometry: Geometry) -> None:
@@ -173,13 +194,55 @@ def _check_size(kind: str, pixels_BPHW3: Tensor, geometry: Geometry) -> None:
 def _sound_tokens(coders: Coders, source: Source) -> Tensor:
     """(B, T, 1, C)."""
     if coders.audio is None:
-        raise UserError("sound is given, and this model has no audio tokenizer: train with audio.enabled")
+        raise UserError(_NO_SOUND)
     assert source.sound_BZM is not None
     return coders.audio.encode(source.sound_BZM, source.sample_rate)[:, :, None]
 
 
+def _sound_in_place(
+    coders: Coders, condition: Any, source: Source, sample: Sample, where_BFS: Tensor, shots: Sequence[int]
+) -> Tensor:
+    """(B, T, 1, C): the sound of each shot, coded alone and begun with its frames, as training had it."""
+    if coders.audio is None:
+        raise UserError(_NO_SOUND)
+    assert source.sound_BZM is not None
+    assert sample.fps is not None
+    per_frame, length = source.sample_rate / sample.fps, source.sound_BZM.shape[-1]
+    ends = [round(sum(shots[: n + 1]) * per_frame) for n in range(len(shots))]
+    # A suffix may bring its end alone; all else begins with the clip.
+    begin = max(ends[-1] - length, 0) if isinstance(condition, Suffix) else 0
+    _check_length(condition.type, source, sample, where_BFS, begin)
+    sound_BZM = as_long(torch.nn.functional.pad(source.sound_BZM, (begin, 0)), ends[-1])
+    parts = [
+        _sound_tokens(coders, replace(source, sound_BZM=sound_BZM[..., slice(*bounds)]))
+        for bounds in pairwise([0, *ends])
+    ]
+    counts, _, _ = scene_sound(coders.audio.spec, shots, sample.fps)
+    return torch.cat([_resized(part, n) for part, n in zip(parts, counts, strict=True)], dim=1)
+
+
+def _check_length(kind: str, source: Source, sample: Sample, where_BFS: Tensor, begin: int) -> None:
+    """Refuses sound that is shorter than what is given of it; half a latent may be missing."""
+    assert source.sound_BZM is not None
+    span_BT2 = sample.tracks["audio"].span_BF2
+    assert span_BT2 is not None
+    span_T2 = span_BT2[0][where_BFS.any(dim=2).any(dim=0)].cpu()
+    first, last = float(span_T2[:, 0].min()), float(span_T2[:, 1].max())
+    slack, seconds = 0.5 * float(span_T2.diff(dim=1).max()) + SLACK, source.sound_BZM.shape[-1]
+    if (begin + seconds) / source.sample_rate < last - slack or first < begin / source.sample_rate - slack:
+        raise UserError(
+            f"{kind}: its source has {seconds / source.sample_rate:g} s of sound, which do not fill what is "
+            f"given, {first:g} to {last:g} s of the clip: bring more, or give less"
+        )
+
+
+def as_long(sound_BZM: Tensor, samples: int) -> Tensor:
+    """Cut at the end, or silence put there."""
+    return torch.nn.functional.pad(sound_BZM, (0, samples - sound_BZM.shape[-1]))
+
+
 def _resized(x_BFSC: Tensor, frames: int) -> Tensor:
-    """Cut, or filled with its last frame; what lies beyond a source is never given."""
+    """Cut, or filled with its last frame."""
     index_F = torch.arange(frames, device=x_BFSC.device).clamp_max(x_BFSC.shape[1] - 1)
     return x_BFSC[:, index_F]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from motionloom.backbones.base import Backbone
 from motionloom.backbones.prediction import Predictor
 from motionloom.config.recipe import Recipe
-from motionloom.data.batch import Batch
+from motionloom.data.batch import Batch, dropped_captions
 from motionloom.data.sample import batch_sample
 from motionloom.errors import UserError
 from motionloom.methods.objective import objective
@@ -31,7 +31,7 @@ from motionloom.plans import (
     to_streams,
 )
 from motionloom.plans.tokens import ByModality
-from motionloom.text.base import TextEncoder, encode_scenes
+from motionloom.text.base import TextEncoder, drop_captions, encode_scenes
 from motionloom.train.method import Losses, StepContext
 from motionloom.train.muon import OPTIMIZERS
 
@@ -189,14 +189,13 @@ class Denoise:
         draw_B = torch.rand(len(batch.ids), generator=context.generator("caption dropout"))
         drop_B = draw_B < (self._caption_dropout if context.phase == "train" else 0.0)
         if self._text_encoder is not None:
-            dropped = zip(batch.captions, drop_B.tolist(), strict=True)
-            return encode_scenes(self._text_encoder, [[""] * len(c) if drop else c for c, drop in dropped])
+            return encode_scenes(self._text_encoder, *dropped_captions(batch, drop_B.tolist()))
         if batch.text is None or batch.empty_text is None:
             raise UserError(
                 "the cache holds no text embeddings and text_encoder.trainable is false: "
                 "make it again with this recipe (motionloom cache)"
             )
-        return _drop(batch.text, batch.empty_text, batch.captions, drop_B)
+        return drop_captions(batch.text, batch.empty_text, drop_B)
 
 
 class _Error(NamedTuple):
@@ -214,17 +213,3 @@ def _purpose(what: str, modality: str) -> str:
 
 def _randn(like: Tensor, context: StepContext, purpose: str) -> Tensor:
     return torch.randn(like.shape, generator=context.device_generator(purpose), device=like.device)
-
-
-def _drop(text: Text, empty: Text, captions: list[list[str]], drop_B: Tensor) -> Text:
-    """``empty`` (batch 1) in the place of dropped captions; scenes that a sample lacks stay padding."""
-    device = text.x_BLC.device
-    scenes = max(len(sample) for sample in captions)
-    exists_BS = torch.tensor([[i < len(sample) for i in range(scenes)] for sample in captions]).to(device)
-    exists_BL = exists_BS.repeat_interleave(text.valid_BL.shape[1] // scenes, dim=1)
-    drop_B1 = drop_B.to(device)[:, None]
-    return Text(
-        torch.where(drop_B1[..., None], empty.x_BLC.float(), text.x_BLC.float()),
-        torch.where(drop_B1, empty.valid_BL & exists_BL, text.valid_BL),
-        text.scene_BL,
-    )

@@ -34,12 +34,12 @@ class Chunks:
 
     Sound belongs to the chunk of the video that sounds with it; sound alone is cut as video would be."""
 
-    conditions: Conditions = field(default_factory=Conditions)
     frames: int = 3
     first_alone: bool = False
     window: int | None = None
     sinks: int = 0
     forcing: Literal["diffusion", "teacher"] = "diffusion"
+    conditions: Conditions = field(default_factory=Conditions)
     audio_loss: float = 1.0
 
     def chunk_of(self, frames: int, device: torch.device | None = None) -> Tensor:
@@ -79,20 +79,20 @@ class Chunks:
 
         def made(geometry: Geometry) -> Made:
             chunk_F = self._chunks(sample, geometry)
-            return Made(num_chunks, chunk_F[None], chunk_F, clean_copy=teacher)
+            return Made(num_chunks, chunk_F[None], chunk_F, clean_words=True, clean_copy=teacher)
 
         visibility: Visibility = CausalChunks(self.window, self.sinks)
         if teacher:
             visibility = TeacherForcing(self.window, self.sinks)
         found = tracks(sample, given, self.audio_loss, made)
-        return Layout(rule(visibility, text, found), found, None)
+        return Layout(rule(visibility, text, found), found, torch.full_like(text.scene_BL, num_chunks))
 
     def _chunks(self, sample: Sample, geometry: Geometry) -> Tensor:
         """The chunk of each frame of any modality: for sound, that of the video frame in whose time it
         stands."""
         main = sample.main
         chunk_F = self.chunk_of(main.grid[0], main.device)
-        if geometry is main or geometry.cells == main.cells:
+        if geometry is main:
             return chunk_F
         assert main.span_BF2 is not None
         ends_F = main.span_BF2[0, :, 1].contiguous()

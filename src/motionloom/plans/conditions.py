@@ -77,8 +77,13 @@ def _last_frame(c: language.LastFrame, sample: Sample, modality: str, draws: Dra
 def _keyframes(c: language.Keyframes, sample: Sample, modality: str, draws: Draws) -> Tensor:
     geometry = sample.tracks[modality]
     if c.times:
-        span_BF2 = _spans(geometry)
-        found = [(span_BF2[..., 0] <= t + SLACK) & (t + SLACK < span_BF2[..., 1]) for t in c.times]
+        found = [frame_at(geometry, t) for t in c.times]
+        if draws.generator is None:
+            late = [t for t, frame_BF in zip(c.times, found, strict=True) if not bool(frame_BF.any())]
+            if late:
+                raise UserError(
+                    f"keyframes: {late[0]:g} s is not before the clip's end: take an earlier time"
+                )
         return _whole_frames(geometry, torch.stack(found).any(dim=0))
     frames = geometry.grid[0]
     least, most = c.count if isinstance(c.count, tuple) else (c.count, c.count)
@@ -89,17 +94,30 @@ def _keyframes(c: language.Keyframes, sample: Sample, modality: str, draws: Draw
     return _whole_frames(geometry, rank_BF < count_B[:, None])
 
 
+def frame_at(geometry: Geometry, seconds: float) -> Tensor:
+    """bool (B or 1, F): the token frame that is on at this time; none after the end."""
+    span_BF2 = _spans(geometry)
+    return (span_BF2[..., 0] <= seconds + SLACK) & (seconds + SLACK < span_BF2[..., 1])
+
+
 def _length(c: language.Prefix | language.Suffix, sample: Sample, draws: Draws) -> Tensor:
-    """Seconds, (B,)."""
+    """Seconds, (B,).
+
+    Raises:
+        UserError: a request's is longer than the clip.
+    """
+    end_B = _spans(sample.main)[..., 1].amax(dim=1)
     if c.seconds is not None:
         least, most = c.seconds if isinstance(c.seconds, tuple) else (c.seconds, c.seconds)
-        return draws.between(least, most)
-    fps = _fps(sample)
-    if c.frames is not None:
+        length_B, said = draws.between(least, most), f"{most:g} seconds"
+    elif c.frames is not None:
         low, high = c.frames if isinstance(c.frames, tuple) else (c.frames, c.frames)
-        return draws.whole(low, high) / fps
-    end = _spans(sample.main)[..., 1].amax(dim=1)
-    return draws.between(0.0, 1.0) * end
+        length_B, said = draws.whole(low, high) / _fps(sample), f"{high} frames"
+    else:
+        return draws.between(0.0, 1.0) * end_B
+    if draws.generator is None and bool((length_B > end_B + SLACK).any()):
+        raise UserError(f"{c.type}: {said} are more than the clip has ({float(end_B.max()):g} s): give less")
+    return length_B
 
 
 def _prefix(c: language.Prefix, sample: Sample, modality: str, draws: Draws) -> Tensor:
@@ -128,13 +146,16 @@ def _spatial_crop(c: language.SpatialCrop, sample: Sample, modality: str, draws:
         column_ok = (column_C * right >= left) & ((column_C + 1) * right <= bound)
         cells = (row_ok[:, None] & column_ok[None]).flatten()
         return cells[None, None].expand(1, geometry.grid[0], -1)
-    return _box(geometry, c.area, draws)[:, None].expand(-1, geometry.grid[0], -1)
+    inside_BS = _box(geometry, c.area, draws, all_of_it=False)
+    return inside_BS[:, None].expand(-1, geometry.grid[0], -1)
 
 
 def _mask(c: language.Mask, sample: Sample, modality: str, draws: Draws) -> Tensor:
     geometry = sample.tracks[modality]
-    if c.masks == "data" or c.source:
+    if c.masks == "data" or draws.generator is None:
         if modality not in sample.masks:
+            if draws.generator is None:
+                raise UserError("mask: a request brings the mask itself: give its source one")
             raise UserError(
                 "a mask condition finds no masks in the data: name them in the manifest and cache them "
                 "(masks.enabled), or set masks: drawn"
@@ -150,15 +171,24 @@ def _mask(c: language.Mask, sample: Sample, modality: str, draws: Draws) -> Tens
     return ~(when_BF[..., None] & _box(geometry, c.area, draws)[:, None])
 
 
-def _box(geometry: Geometry, area: tuple[float, float], draws: Draws) -> Tensor:
-    """(B, S): a rectangle of about that part of the frame, anywhere; at least one cell, never all."""
+def _box(geometry: Geometry, area: tuple[float, float], draws: Draws, *, all_of_it: bool = True) -> Tensor:
+    """(B, S): a rectangle of about that part of the frame, anywhere; at least one cell.
+
+    Args:
+        all_of_it: whether it may be the whole frame.
+    """
     _, rows, columns = geometry.grid
     area_B = draws.between(*area)
     # Its sides share the area unevenly, by up to a factor of two.
     tall_B = area_B.sqrt() * 2 ** draws.between(-0.5, 0.5)
+    high_B = (tall_B * rows).round().clamp(1, rows)
+    wide_B = (area_B / tall_B.clamp_min(1e-6) * columns).round().clamp(1, columns)
+    if not all_of_it:
+        whole_B = (high_B == rows) & (wide_B == columns)
+        high_B = high_B - (whole_B & (rows >= columns) & (rows > 1)).float()
+        wide_B = wide_B - (whole_B & (rows < columns)).float()
     sides = []
-    for count, share_B in ((rows, tall_B), (columns, area_B / tall_B)):
-        length_B = (share_B * count).round().clamp(1, count)
+    for count, length_B in ((rows, high_B), (columns, wide_B)):
         begin_B = (draws.uniform() * (count - length_B + 1)).floor()
         index = torch.arange(count, device=geometry.device)
         sides.append((index >= begin_B[:, None]) & (index < (begin_B + length_B)[:, None]))
@@ -230,9 +260,13 @@ class Conditions:
         """A request: all of them hold, and nothing is drawn.
 
         Raises:
-            UserError: a condition leaves its length, times or region open, or nothing is left to make.
+            UserError: a condition leaves its length, times or region open, gives nothing, or nothing is left
+                to make.
         """
-        given = self._given(sample, Draws(None, sample.batch, sample.main.device), [None] * len(self.all))
+        draws = Draws(None, sample.batch, sample.main.device)
+        for c in self.all:
+            _speaks_of_something(c, sample, draws)
+        given = self._given(sample, draws, [None] * len(self.all))
         if not bool(_left(sample, given).all()):
             raise UserError("the conditions give all of the clip, so nothing is left to make: give less")
         return given
@@ -258,9 +292,7 @@ class Conditions:
             kind = Kind(c.strength, 1.0 - c.noise)
             for modality in _modalities(c, sample):
                 if c.type == "reference":
-                    beside.setdefault(modality, []).append(
-                        _stands_beside(c, sample, modality, taken_B, draws)
-                    )
+                    self._stand_beside(beside.setdefault(modality, []), c, sample, taken_B, draws)
                     continue
                 where_BFS = region(c, sample, modality, draws)
                 if taken_B is not None:
@@ -268,6 +300,21 @@ class Conditions:
                 parts.setdefault(modality, []).append((kind, where_BFS.flatten(1)))
         marks = {modality: _join(found, draws) for modality, found in parts.items()}
         return Given(marks, {modality: tuple(found) for modality, found in beside.items()})
+
+    def _stand_beside(
+        self,
+        found: list[Beside],
+        c: language.Base,
+        sample: Sample,
+        taken_B: Tensor | None,
+        draws: Draws,
+    ) -> None:
+        """A reference. One condition alone speaks of all that the sample has: a batch lists its references
+        by their size."""
+        alone = sum(other.type == c.type and other.modality == c.modality for other in self.all) == 1
+        noise_B = _noise(c.noise, draws) if c.noise > 0 else None
+        number = 0 if alone else len(found)
+        found += [Beside(taken_B, noise_B, number)] * (len(sample.references[c.modality]) if alone else 1)
 
 
 def _left(sample: Sample, given: Given) -> Tensor:
@@ -285,10 +332,29 @@ def _free_what_is_whole(sample: Sample, given: Given) -> Given:
     if not given.marks:
         return given
     left_B = _left(sample, given)
+    # A sample without sound is not given its sound: it lacks it.
+    some_B = torch.stack([(k.kind_BN > 0).any(dim=1).expand(len(left_B)) for k in given.marks.values()]).any(
+        dim=0
+    )
     marks = {
         m: replace(k, kind_BN=torch.where(left_B[:, None], k.kind_BN, 0)) for m, k in given.marks.items()
     }
-    return replace(given, marks=marks, freed_B=~left_B)
+    return replace(given, marks=marks, freed_B=~left_B & some_B)
+
+
+def _speaks_of_something(c: language.Base, sample: Sample, draws: Draws) -> None:
+    """Refuses, of a request, a condition that would give nothing."""
+    modalities = _modalities(c, sample)
+    if not modalities:
+        what = "brings none" if c.modality in sample.tracks else f"is one of {' and '.join(sample.tracks)}"
+        raise UserError(f"{c.type}: its modality is {c.modality}, and the request {what}: leave it out")
+    if c.type == "reference":
+        return
+    for modality in modalities:
+        if not bool(region(c, sample, modality, draws).any()):
+            raise UserError(
+                f"{c.type}: no token of the {modality} lies wholly in what it gives: give more of the clip"
+            )
 
 
 def _modalities(c: language.Base, sample: Sample) -> list[str]:
@@ -316,13 +382,6 @@ def _noise(most: float, draws: Draws) -> Tensor:
     if most == 0 or draws.generator is None:
         return torch.full((draws.batch,), most, device=draws.device)
     return draws.uniform() * most
-
-
-def _stands_beside(
-    c: language.Base, sample: Sample, modality: str, taken_B: Tensor | None, draws: Draws
-) -> Beside:
-    noise_B = _noise(c.noise, draws) if c.noise > 0 else None
-    return Beside(taken_B, noise_B)
 
 
 def _spans(geometry: Geometry) -> Tensor:

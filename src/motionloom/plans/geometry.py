@@ -147,9 +147,10 @@ def token_geometry(
 
 
 def frame_seconds(geometry: Geometry) -> Tensor:
-    """Length of a usual token frame in seconds, (B or 1,): the last's, since the first may stand alone."""
+    """Length of a usual token frame in seconds, (B or 1,): the longest's, since those that open a shot may
+    stand alone."""
     assert geometry.span_BF2 is not None
-    return geometry.span_BF2[:, -1, 1] - geometry.span_BF2[:, -1, 0]
+    return geometry.span_BF2.diff(dim=-1)[..., 0].amax(dim=1)
 
 
 def beside(target: Geometry, reference: Geometry) -> Geometry:

@@ -70,6 +70,8 @@ class Beside:
     """False for samples that go without; None: all have it."""
     noise_B: Tensor | None = None
     """The noise level that it is shown at, (B,) or (1,); None: clean."""
+    number: int = 0
+    """Which of the sample's references it is; of several sizes among a batch all are the same one."""
 
 
 @dataclass(frozen=True)

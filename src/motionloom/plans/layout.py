@@ -67,6 +67,8 @@ class Track:
     references: tuple[Geometry, ...] = ()
     """What stands in front, brought to this track's place; at the levels ``reference_levels``."""
     reference_levels: tuple[int, ...] = ()
+    reference_numbers: tuple[int, ...] = ()
+    """Which of the sample's references each is: those of one number are of one scene."""
     loss: float = 1.0
     """Weight of this modality's loss."""
 
@@ -184,6 +186,8 @@ class Made:
     """int64 (B or 1, F): the draw that each frame follows."""
     chunk_F: Tensor
     """Causal chunk of each frame."""
+    clean_words: bool = False
+    """Whether words stand at noise level 0, which is then level ``draws``, rather than at that of a draw."""
     clean_copy: bool = False
     """Whether all frames stand a second time in front, clean, to be looked at."""
 
@@ -194,14 +198,17 @@ def track(
     """The track of one modality: its draws, then what is given from weak to strong, then references."""
     marks = given.marks.get(modality)
     beside = given.references.get(modality, ())
-    levels = [Level(draw) for draw in range(made.draws)]
-    fixed: list[Tensor | None] = [None] * made.draws
+    levels = [Level(draw) for draw in range(made.draws)] + [GIVEN] * (made.clean_words or made.clean_copy)
+    fixed: list[Tensor | None] = [None] * len(levels)
     draw_BN = level_BN = geometry.per_token(made.draw_BF)
+    copy_BN = torch.full_like(level_BN, -1)
     for i, kind in enumerate(() if marks is None else marks.kinds):
         assert marks is not None
         hint = kind.strength < 1
-        # A hint follows the draw of its frame; what is given follows none.
+        # A hint follows the draw of its frame; what is given follows none, and its copies show it alike.
         level_BN = torch.where(marks.kind_BN == i + 1, len(levels) + (draw_BN if hint else 0), level_BN)
+        if made.clean_copy and not hint:
+            copy_BN = torch.where(marks.kind_BN == i + 1, level_BN, copy_BN)
         more = [Level(draw, 1.0 - kind.strength) for draw in range(made.draws)] if hint else [GIVEN]
         levels += more
         fixed += [None if hint or marks.noise_BG is None else marks.noise_BG[:, i]] * len(more)
@@ -209,8 +216,8 @@ def track(
     frame_T = torch.arange(frames, device=geometry.device)
     context_T, chunk_T = torch.zeros_like(frame_T).bool(), made.chunk_F
     if made.clean_copy:
-        level_BN = torch.cat([torch.full_like(level_BN, len(levels)), level_BN], dim=1)
-        levels, fixed = [*levels, GIVEN], [*fixed, None]
+        copy_BN = torch.where(copy_BN < 0, made.draws, copy_BN).expand(len(level_BN), -1)
+        level_BN = torch.cat([copy_BN, level_BN], dim=1)
         frame_T, chunk_T = frame_T.repeat(2), chunk_T.repeat(2)
         context_T = torch.cat([~context_T, context_T])
     reference_levels = tuple(range(len(levels), len(levels) + len(beside)))
@@ -227,6 +234,7 @@ def track(
         fixed_BK=_fixed(fixed, geometry.device),
         references=references,
         reference_levels=reference_levels,
+        reference_numbers=tuple(one.number for one in beside),
         loss=loss,
     )
 

@@ -82,9 +82,10 @@ class Scenes:
         if self.positions == "reset":
             begin_BF, index_BF = _scene_begins(geometry, main)
             return replace(geometry, seconds_BF=geometry.seconds_BF - begin_BF, jump_BF=-index_BF)
-        frames = self.jump if self.positions == "jump" else self.gap / frame_B1
-        jump_BF = geometry.scene_BF * frames
-        return replace(geometry, seconds_BF=geometry.seconds_BF + jump_BF * frame_B1, jump_BF=jump_BF)
+        later_B1 = self.jump * frame_B1 if self.positions == "jump" else torch.full_like(frame_B1, self.gap)
+        later_BF = geometry.scene_BF * later_B1
+        jump_BF = later_BF / frame_seconds(geometry)[:, None]
+        return replace(geometry, seconds_BF=geometry.seconds_BF + later_BF, jump_BF=jump_BF)
 
 
 def _scene_begins(geometry: Geometry, main: Geometry) -> tuple[Tensor, Tensor]:

@@ -30,10 +30,11 @@ def tracks(
     """The tracks of all modalities; references are laid out where they are among what is given."""
     found = {}
     for modality, geometry in sample.tracks.items():
-        attached = sample.references.get(modality, ())[: len(given.references.get(modality, ()))]
+        hows = given.references.get(modality, ())
+        attached = sample.references.get(modality, ())[: len(hows)]
         stands = [
             replace(beside(geometry, clip), present_B=_both(clip.present_B, how.present_B))
-            for clip, how in zip(attached, given.references.get(modality, ()), strict=True)
+            for clip, how in zip(attached, hows, strict=True)
         ]
         loss = audio_loss if modality == "audio" and len(sample.tracks) > 1 else 1.0
         found[modality] = track(geometry, made(geometry), given, modality, tuple(stands), loss)

@@ -135,7 +135,7 @@ def _stream(
     tokens = [keep_given(layout, modality, shown_BFSC, x_BFSC).flatten(1, 2)]
     facts = [_clip_facts(track)]
     if len(track.context_T) > clean_BFSC.shape[1]:
-        tokens.insert(0, clean_BFSC.flatten(1, 2))
+        tokens.insert(0, keep_given(layout, modality, shown_BFSC, clean_BFSC).flatten(1, 2))
     for i in reversed(range(len(track.references))):
         tokens.insert(0, values.references[modality][i].flatten(1, 2))
         facts.insert(0, _reference_facts(track, i))
@@ -163,6 +163,8 @@ def _clip_facts(track: Track) -> _Facts:
     given_BN = track.speed_BN == 0
     copies_BN = torch.ones_like(given_BN[:, :1]).expand(-1, context_BN.shape[1] - given_BN.shape[1])
     silent_BN = torch.cat([copies_BN, given_BN], dim=1)
+    if geometry.present_B is not None:
+        silent_BN = silent_BN | ~geometry.present_B[:, None]
     return {
         "level_BN": track.level_BN,
         "position_BN3": _positions(geometry, geometry.seconds_BF[:, track.frame_T]),
@@ -184,7 +186,7 @@ def _reference_facts(track: Track, index: int) -> _Facts:
         "level_BN": nothing_1N + track.reference_levels[index],
         "position_BN3": _positions(reference, reference.seconds_BF),
         "cell_BN3": _cells_beside(reference, target, frames),
-        "scene_BN": nothing_1N + target.scenes + index,
+        "scene_BN": nothing_1N + target.scenes + track.reference_numbers[index],
         "chunk_BN": nothing_1N - 1,
         "context_BN": nothing_1N == 0,
         "loss_BN": nothing_1N.float(),

@@ -93,7 +93,7 @@ class Both(Visibility):
         return (*self.a.labels(a), *self.b.labels(a))
 
     def in_layer(self, index: int, count: int) -> Visibility:
-        return replace(self, a=self.a.in_layer(index, count), b=self.b.in_layer(index, count))
+        return _parts_in_layer(self, index, count)
 
     @property
     def unrestricted(self) -> bool:
@@ -122,7 +122,7 @@ class Either(Visibility):
         return (*self.a.labels(a), *self.b.labels(a))
 
     def in_layer(self, index: int, count: int) -> Visibility:
-        return replace(self, a=self.a.in_layer(index, count), b=self.b.in_layer(index, count))
+        return _parts_in_layer(self, index, count)
 
     @property
     def unrestricted(self) -> bool:
@@ -135,6 +135,11 @@ class Either(Visibility):
     @property
     def by_chunk(self) -> bool:
         return self.a.by_chunk or self.b.by_chunk
+
+
+def _parts_in_layer(rule: Both | Either, index: int, count: int) -> Visibility:
+    a, b = rule.a.in_layer(index, count), rule.b.in_layer(index, count)
+    return rule if a is rule.a and b is rule.b else replace(rule, a=a, b=b)
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from motionloom.tokenizers.scenes import (
     latent_scenes,
     scene_latents,
     scene_seconds,
+    scene_sound,
     scene_spans,
 )
 from motionloom.tokenizers.spectral import SpectralAudio
@@ -219,13 +220,14 @@ __all__ = [
     "encode_scenes",
     "fit_audio_tokenizer",
     "fit_tokenizer",
+    "latent_scenes",
     "load_audio_tokenizer",
     "load_tokenizer",
     "open_audio_tokenizer",
     "open_tokenizer",
-    "latent_scenes",
     "scene_latents",
     "scene_seconds",
+    "scene_sound",
     "scene_spans",
     "shots_alone",
 ]

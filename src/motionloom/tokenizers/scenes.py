@@ -14,6 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from motionloom.tokenizers.audio import AudioTokenizerSpec
 from motionloom.tokenizers.base import Tokenizer, TokenizerSpec
 
 
@@ -42,6 +43,21 @@ def scene_spans(spec: TokenizerSpec, scene_frames: Sequence[int], fps: float) ->
         parts.append(spec.spans(latents, fps) + begin / fps)
         begin += frames
     return torch.cat(parts)
+
+
+def scene_sound(
+    spec: AudioTokenizerSpec, scene_frames: Sequence[int], fps: float
+) -> tuple[list[int], Tensor, Tensor]:
+    """The sound of the same shots, each encoded alone as its frames are and begun with them.
+
+    Returns latents per shot; the centre of each latent (T,) and its beginning and end (T, 2) in seconds from
+    the clip's start, float32.
+    """
+    counts = [spec.latents(frames / fps) for frames in scene_frames]
+    begins = [sum(scene_frames[:shot]) / fps for shot in range(len(scene_frames))]
+    seconds = [spec.seconds(n) + begin for n, begin in zip(counts, begins, strict=True)]
+    spans = [spec.spans(n) + begin for n, begin in zip(counts, begins, strict=True)]
+    return counts, torch.cat(seconds), torch.cat(spans)
 
 
 def encode_scenes(tokenizer: Tokenizer, video_BPHW3: Tensor, scene_frames: Sequence[int]) -> Tensor:

@@ -253,7 +253,7 @@ class Trainer:
         if resume:
             self._reporter.note(f"{self._run_dir} holds no checkpoint yet: starting at step 0")
         if source := self._config.init_from:
-            found = f"step {start_from(Path(source), self._method.modules(), self._ranks)}"
+            found = start_from(Path(source), self._method.modules(), self._ranks)
         elif source := self._recipe.lora.init_from:
             found = f"{start_from_file(self._recipe, self._method.modules())} layers"
         else:

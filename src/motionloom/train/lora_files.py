@@ -293,13 +293,19 @@ def _adapter(
 
 
 def _own_settings(header: Mapping[str, str], path: Path) -> dict[str, object]:
-    if HEADER not in header:
-        return {}
+    """peft's settings: in the header, or in the file that peft itself writes beside."""
+    beside = path.with_name("adapter_config.json")
     try:
-        settings = json.loads(header[HEADER])
+        if HEADER in header:
+            settings = json.loads(header[HEADER])
+        elif path.name == "adapter_model.safetensors" and beside.is_file():
+            settings = json.loads(beside.read_text(encoding="utf-8"))
+        else:
+            return {}
         return {key.removeprefix("transformer."): value for key, value in settings.items()}
-    except (ValueError, AttributeError) as error:
-        raise UserError(f"{path}: {HEADER} in its header cannot be read ({error}): write it again") from None
+    except (OSError, ValueError, AttributeError) as error:
+        where = f"{HEADER} in its header" if HEADER in header else f"{beside.name} beside it"
+        raise UserError(f"{path}: {where} cannot be read ({error}): write it again") from None
 
 
 def _said_alpha(settings: Mapping[str, object], layer: str) -> float | None:

@@ -98,14 +98,13 @@ def put_parts(modules: Mapping[str, nn.Module], files: Sequence[tuple[Mapping[st
         weight.copy_(moved[0] if len(moved) == 1 else base + sum((m - base for m in moved), 0.0))
 
 
-def check_parts(
-    parts: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], where: str
-) -> None:
+def check_parts(parts: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], where: str) -> None:
     """Raises UserError for a part that ``shapes``, by plain name, lacks or has otherwise."""
     for name, part in parts.items():
         if name not in shapes:
             raise UserError(
-                f"{where} holds {name} as it was trained, which this model does not have: it is of another model"
+                f"{where} holds {name} as it was trained, which this model does not have: it is of another "
+                "model"
             )
         if tuple(part.shape) != tuple(shapes[name]):
             raise UserError(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import motionloom
+from motionloom.backbones.growing import branches, lacking
 from motionloom.config.keys import flatten
 from motionloom.config.load import dump_recipe, load_recipe
 from motionloom.config.recipe import Recipe
@@ -139,14 +140,21 @@ class Snapshots:
         return bool(self.identity.base) or os.path.abspath(str(before)) == os.path.abspath(str(now))
 
 
-def start_from(path: Path, modules: Mapping[str, nn.Module], ranks: Ranks) -> int:
+def start_from(path: Path, modules: Mapping[str, nn.Module], ranks: Ranks) -> str:
     """``train.init_from``: weights of a checkpoint (averaged ones if it has them) into modules; returns its
-    step.
+    step, and what of the modules it lacks and keeps its first values.
 
     Raises:
         UserError: as ``checkpoint.load``, or it is of another model.
     """
     saved = checkpoint.load(ranks.main_does(lambda: checkpoint.load(path).folder), verify=False)
     weights = saved.weights(ema=True)
-    fill(named_state(modules), weights, f"{saved.folder}")
-    return saved.step
+    targets = named_state(modules)
+    new = {
+        f"{top}.{name}"
+        for top, module in modules.items()
+        for name in lacking(module, {n.removeprefix(f"{top}.") for n in weights if n.startswith(f"{top}.")})
+    } & targets.keys()
+    fill({name: t for name, t in targets.items() if name not in new}, weights, f"{saved.folder}")
+    told = f"; {len(new)} tensors are new: {', '.join(branches(new, targets))}" if new else ""
+    return f"step {saved.step}{told}"

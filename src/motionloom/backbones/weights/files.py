@@ -139,6 +139,11 @@ class Weights:
         """Those tensors that ``names`` names."""
         return replace(self, tensors={name: t for name, t in self.tensors.items() if name in names})
 
+    def beside(self, tensors: Mapping[str, Tensor]) -> Weights:
+        """These, and further tensors that are in memory."""
+        more = Weights.of_tensors(f"{self.where} (new)", tensors)
+        return replace(self, tensors={**self.tensors, **more.tensors}, _files={**self._files, **more._files})
+
     def under_names(self, names: Mapping[str, Origin]) -> Weights:
         """The same numbers under other names: new name -> the rows of these tensors that make it.
 

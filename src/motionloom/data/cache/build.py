@@ -399,15 +399,15 @@ class _Run:
 
 def _holds(out: Path) -> Iterator[str]:
     """What stands beside the frames of the clips in a cache, a line each."""
-    dataset = open_table(out / CLIPS)
-    for column, with_it, without in (
-        ("sound", "have sound", "are silent"),
-        ("reference", "have a reference", "have none"),
-        ("reference_sound", "have a reference with sound", "have none"),
-        ("mask", "have a mask", "have none"),
+    table = open_table(out / CLIPS)
+    for column, has, lacks in (
+        ("sound_latents", "have sound", "are silent"),
+        ("reference_grid", "have a reference to see", "have none"),
+        ("reference_sound_latents", "have a reference to hear", "have none"),
+        ("masked", "have a mask", "have none"),
     ):
-        if column in dataset.schema.names:
-            table = dataset.to_table(columns={"clip": "clip", "has": f"octet_length({column}) > 0"})
-            clips = dict(zip(table["clip"].to_pylist(), table["has"].to_pylist(), strict=True))
-            count = sum(clips.values())
-            yield f"{count} clips {with_it}, {len(clips) - count} {without}"
+        if column in table.schema.names:
+            rows = table.to_table(columns=["clip", column])
+            clips = dict(zip(rows["clip"].to_pylist(), map(bool, rows[column].to_pylist()), strict=True))
+            found = sum(clips.values())
+            yield f"{found} clips {has}, {len(clips) - found} {lacks}"

@@ -33,9 +33,11 @@ def track_columns(clips: Sequence[Decoded], makers: Makers, recipe: Recipe) -> l
         heard = [clip.tracks.reference_sound_SN for clip in clips]
         for row, latents in zip(rows, _encode_sounds(heard, makers, recipe), strict=True):
             row["reference_sound"] = b"" if latents is None else as_half(latents)
+            row["reference_sound_latents"] = 0 if latents is None else len(latents)
     if recipe.masks.enabled:
         for row, clip in zip(rows, clips, strict=True):
-            row["mask"] = b"" if clip.tracks.mask_Fhw is None else pack_mask(clip.tracks.mask_Fhw)
+            mask_Fhw = clip.tracks.mask_Fhw
+            row |= {"mask": b"" if mask_Fhw is None else pack_mask(mask_Fhw), "masked": mask_Fhw is not None}
     return rows
 
 

@@ -108,7 +108,8 @@ def decode(recipe: Recipe, entry: ManifestEntry, *, beside: bool = True) -> list
 def sample_for_fit(
     recipe: Recipe, entries: Sequence[ManifestEntry], on_progress: Callable[[str, int, int], None]
 ) -> list[Tensor]:
-    """Clips (P, H, W, 3) to fit a tokenizer on: spread over the manifest by a hash, whatever its order.
+    """Clips (P, H, W, 3) to fit a tokenizer on: spread over the manifest by a hash, whatever its order. Shots
+    that are encoded alone are clips of their own.
 
     Raises:
         UserError: not one can be used.
@@ -117,14 +118,16 @@ def sample_for_fit(
     wanted = min(recipe.tokenizer.fit_clips, len(seen))
     spread = sorted(seen, key=lambda entry: key_to_seed("fit", entry.id))
     clips: list[Tensor] = []
+    used = 0
     first_problem: Problem | None = None
     for result in decode_all(recipe, spread, beside=False):
         if isinstance(result, Problem):
             first_problem = first_problem or result
             continue
-        clips.append(result[0].video_PHW3)
-        on_progress("clips to fit the tokenizer on", len(clips), wanted)
-        if len(clips) == wanted:
+        clips += result[0].video_PHW3.split(list(result[0].bucket.alone))
+        used += 1
+        on_progress("clips to fit the tokenizer on", used, wanted)
+        if used == wanted:
             break
     if not clips:
         raise UserError(f"not one of {len(seen)} clips can be used; the first: {first_problem}")

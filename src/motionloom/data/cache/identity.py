@@ -111,7 +111,7 @@ class Identity:
 
 
 def identify(recipe: Recipe, tokenizer: Tokenizer | None, audio: AudioTokenizer | None = None) -> Identity:
-    """The identity of the cache that ``recipe`` makes with these tokenizers; sound alone has none of pixels."""
+    """The identity of the cache that ``recipe`` makes with these tokenizers; sound needs none of pixels."""
     return Identity(
         decisive_keys(recipe),
         "" if tokenizer is None else tokenizer.fingerprint(),

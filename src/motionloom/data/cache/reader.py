@@ -5,11 +5,13 @@ Shapes: F latent frames, h x w latent cells, C channels.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +31,8 @@ from motionloom.tokenizers import AudioTokenizer, Tokenizer, load_audio_tokenize
 from motionloom.tokenizers.scenes import decode_scenes
 
 _COLUMNS = ("id", "clip", "crop", "bucket", "captions", "wordings", "scene_frames", "source", "stamp")
-_BESIDE = ("sound_latents", "reference_grid", "reference_caption")  # in the tables that have them
+# In the tables that have them.
+_BESIDE = ("sound_latents", "reference_grid", "reference_caption", "reference_sound_latents", "masked")
 _ITEM = np.dtype(np.float16)
 
 
@@ -72,6 +75,7 @@ class Cache:
             raise UserError(
                 f"{path}: holds no clip yet; fill it: motionloom cache RECIPE --manifest M --out {path}"
             )
+        self._lists: dict[str, list[Any]] = {}
         self._has = frozenset(self._dataset.schema.names)
         rows = read_table(self._dataset, [*_COLUMNS, *(name for name in _BESIDE if name in self._has)])
         self.ids: list[str] = rows["id"].to_pylist()
@@ -94,6 +98,14 @@ class Cache:
         names = self._names
         found = {Bucket.parse(str(name)): np.flatnonzero(names == name) for name in np.unique(names)}
         return dict(sorted(found.items()))
+
+    def bucket_of(self, number: int) -> Bucket:
+        """The bucket of a row."""
+        return self._parsed[str(self._names[number])]
+
+    @cached_property
+    def _parsed(self) -> dict[str, Bucket]:
+        return {str(bucket): bucket for bucket in self.buckets}
 
     @cached_property
     def _names(self) -> NDArray[np.str_]:
@@ -127,10 +139,14 @@ class Cache:
 
     def metadata(self, numbers: Iterable[int]) -> list[dict]:
         """All but the latents of these rows, as plain values; the fields are those of `Row`."""
-        return self._told(numbers, _COLUMNS[:-1])
+        told = self._rows.select(_COLUMNS[:-1])
+        return told.take(pa.array(list(numbers), pa.int64())).to_pylist()
 
-    def _told(self, numbers: Iterable[int], columns: Sequence[str]) -> list[dict]:
-        return self._rows.select(columns).take(pa.array(list(numbers), pa.int64())).to_pylist()
+    def _values(self, column: str) -> list[Any]:
+        """A small column as plain values, by row number."""
+        if column not in self._lists:
+            self._lists[column] = self._rows[column].to_pylist()
+        return self._lists[column]
 
     def latents(self, numbers: Iterable[int]) -> list[NDArray[np.float16]]:
         """Latents (F, h, w, C) of these rows as stored."""
@@ -164,24 +180,24 @@ class Cache:
     @cached_property
     def has_stories(self) -> bool:
         """Whether a clip has more than one shot."""
-        return any(len(frames) > 1 for frames in self._rows["scene_frames"].to_pylist())
+        return any(len(frames) > 1 for frames in self._values("scene_frames"))
 
     def sounds(self, numbers: Sequence[int]) -> list[list[NDArray[np.float16]] | None]:
         """Sound latents (T, C) of each part that was encoded alone (the shots, or the clip as a whole); None
         for a silent clip."""
-        channels = self._sound_channels
+        counts = self._values("sound_latents")
         found: list[list[NDArray[np.float16]] | None] = []
-        told = self._told(numbers, ["sound_latents"])
-        for row, blob in zip(told, self._blobs["sound"].take(self._places(numbers)), strict=True):
-            x_TC = blob.view(_ITEM).reshape(-1, channels)
-            cuts = np.cumsum(row["sound_latents"])[:-1]
-            found.append(np.split(x_TC, cuts) if len(x_TC) else None)
+        for number, blob in zip(numbers, self._blobs["sound"].take(self._places(numbers)), strict=True):
+            x_TC = blob.view(_ITEM).reshape(-1, self._sound_channels)
+            cuts = list(itertools.accumulate(counts[number]))
+            parts = [x_TC[begin:end] for begin, end in itertools.pairwise([0, *cuts])]
+            found.append(parts or None)
         return found
 
     def references(self, numbers: Sequence[int]) -> list[NDArray[np.float16] | None]:
         """Latents (F, h, w, C) of each row's reference; None where there is none."""
         blobs = self._blobs["reference"].take(self._places(numbers))
-        grids = [row["reference_grid"] for row in self._told(numbers, ["reference_grid"])]
+        grids = [self._values("reference_grid")[n] for n in numbers]
         channels = self.identity.spec.channels
         return [
             blob.view(_ITEM).reshape(*grid, channels) if grid else None
@@ -197,7 +213,7 @@ class Cache:
 
     def reference_captions(self, numbers: Sequence[int]) -> list[str | None]:
         """What is seen in each row's reference, where the manifest says it."""
-        return [row["reference_caption"] for row in self._told(numbers, ["reference_caption"])]
+        return [self._values("reference_caption")[n] for n in numbers]
 
     def masks(self, numbers: Sequence[int]) -> list[NDArray[np.bool_] | None]:
         """Bool (F, h, w) of each row, True where a latent cell is given; None for a clip without a mask."""
@@ -257,7 +273,8 @@ class Cache:
         if self.has_video:
             values_NC = np.concatenate([x.reshape(-1, x.shape[-1]) for x in self.latents(drawn)])
         else:
-            values_NC = np.concatenate([part for parts in self.sounds(drawn.tolist()) for part in parts or ()])
+            sounds = self.sounds(drawn.tolist())
+            values_NC = np.concatenate([part for parts in sounds for part in parts or ()])
         x_NC = torch.from_numpy(values_NC.astype(np.float32))
         return x_NC.mean(dim=0), x_NC.std(dim=0, correction=0)
 
@@ -289,8 +306,8 @@ class Cache:
         place = int(self._place[number])
         bucket = Bucket.parse(str(self._names[number]))
         needed = {
-            "sound": sum(self._rows["sound_latents"][number].as_py()) if self.has_sound else 0,
-            "reference": prod(self._rows["reference_grid"][number].as_py()) if self.has_references else 0,
+            "sound": sum(self._values("sound_latents")[number]) if self.has_sound else 0,
+            "reference": prod(self._values("reference_grid")[number]) if self.has_references else 0,
         }
         channels = {"sound": self.identity.audio_spec, "reference": self.identity.spec}
         for column in self._has & {"sound", "reference"}:
@@ -321,11 +338,15 @@ class Cache:
         """The columns beside the latents."""
         sizes = {"sound": 0, "reference": 0, "reference_sound": 0, "mask": 0}
         if self.has_sound:
-            latents = sum(sum(counts) for counts in self._rows["sound_latents"].to_pylist())
-            sizes["sound"] = sizes["reference_sound"] = latents * self._sound_channels * _ITEM.itemsize
+            sizes["sound"] = (
+                sum(map(sum, self._values("sound_latents"))) * self._sound_channels * _ITEM.itemsize
+            )
         if self.has_references:
-            cells = sum(prod(grid) for grid in self._rows["reference_grid"].to_pylist() if grid)
+            cells = sum(prod(grid) for grid in self._values("reference_grid") if grid)
             sizes["reference"] = cells * self.identity.spec.channels * _ITEM.itemsize
+        if "reference_sound" in self._has:
+            heard = sum(self._values("reference_sound_latents"))
+            sizes["reference_sound"] = heard * self._sound_channels * _ITEM.itemsize
         return {n: Blobs(self._dataset, n, size) for n, size in sizes.items() if n in self._has}
 
 

@@ -51,8 +51,14 @@ REFERENCE_FIELDS = [
     pa.field("reference_grid", pa.list_(pa.int32())),  # its latent frames, rows and columns
     pa.field("reference_caption", pa.string()),
 ]
-REFERENCE_SOUND_FIELDS = [pa.field("reference_sound", pa.large_binary())]  # float16 (T, C)
-MASK_FIELDS = [pa.field("mask", pa.large_binary())]  # a bit per latent cell, 1: given; empty: none
+REFERENCE_SOUND_FIELDS = [
+    pa.field("reference_sound", pa.large_binary()),  # float16 (T, C)
+    pa.field("reference_sound_latents", pa.int32()),  # T
+]
+MASK_FIELDS = [
+    pa.field("mask", pa.large_binary()),  # a bit per latent cell, 1: given; empty: none
+    pa.field("masked", pa.bool_()),  # whether there is one
+]
 TEXT_SCHEMA = pa.schema(
     [
         pa.field("caption", pa.string()),

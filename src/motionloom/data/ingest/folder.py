@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 
 from motionloom.data.ingest.captions import CaptionBook, caption_of, load_books, some
+from motionloom.data.ingest.tables import is_table, read_table
 from motionloom.data.ingest.unpack import unpack
 from motionloom.data.manifest import (
     ManifestEntry,
@@ -24,7 +25,15 @@ from motionloom.data.manifest import (
     read_manifest,
     safe_id,
 )
-from motionloom.data.media import IMAGE_SUFFIXES, VIDEO_SUFFIXES, MediaError, probe, read_clip
+from motionloom.data.media import (
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    MediaError,
+    is_sound,
+    probe,
+    read_clip,
+    sound_seconds,
+)
 from motionloom.data.media.pictures import is_numbered
 from motionloom.errors import UserError
 
@@ -63,7 +72,8 @@ def ingest(
     on_progress: Callable[[int, int], None] | None = None,
     workers: int | None = None,
 ) -> tuple[list[ManifestEntry], Problems]:
-    """Every usable clip at or below a folder (or in a .zip, unpacked below ``unpack_to``), and every problem.
+    """Every usable clip at or below a folder (or in a .zip, unpacked below ``unpack_to``), or in the list of
+    another trainer's dataset (see `tables.py`), and every problem.
 
     Clips are video files, animated images, stills, and folders of numbered pictures. Where a folder has a
     manifest.jsonl, that alone says what its clips are. Otherwise the caption is taken from captions.json,
@@ -85,10 +95,16 @@ def ingest(
                 f"{root}: is a zip; say where it may be unpacked, or unpack it and name the folder"
             )
         root = unpack(root, Path(unpack_to).absolute(), problems)
-    if not root.is_dir():
-        raise UserError(f"{root}: is not a folder; name a folder of clips, or a zip of them")
-    found = _Found(root, problems)
-    _walk(root, (), found)
+    listed = root if is_table(root) else None
+    if not root.is_dir() and listed is None:
+        raise UserError(
+            f"{root}: is not a folder; name a folder of clips, a zip of them, or a dataset's csv or json"
+        )
+    found = _Found(root.parent if listed else root, problems)
+    if listed:
+        found.entries = read_table(listed, problems)
+    else:
+        _walk(root, (), found)
     for book in found.books:
         unused = book.unused()
         if unused is not None:
@@ -278,8 +294,14 @@ def _kept(entries: list[ManifestEntry], keep: Mapping[str, str] | None, root: Pa
 
 
 def _looked_into(entry: ManifestEntry) -> ManifestEntry | MediaError:
-    """The entry with what its file really holds, or what is wrong with the file."""
+    """The entry with what its files really hold, or what is wrong with one of them."""
     try:
+        _look_beside(entry)
+        if is_sound(entry.path):
+            check_times(entry, sound_seconds(entry.path), str(entry.path))
+            return replace(entry, kind="sound")
+        if entry.of_several_files:
+            return _looked_into_scenes(entry)
         info = probe(entry.path, fps=entry.fps, count=True)
         if info.kind == "frames":
             read_clip(entry.path, frames=1, fps=info.fps, source_fps=info.fps)
@@ -295,3 +317,25 @@ def _looked_into(entry: ManifestEntry) -> ManifestEntry | MediaError:
         width=info.width,
         height=info.height,
     )
+
+
+def _look_beside(entry: ManifestEntry) -> None:
+    """Raises `MediaError` for a sound, a reference or a mask that cannot be read."""
+    if entry.audio is not None:
+        sound_seconds(entry.audio)
+    for path in (entry.reference, entry.mask):
+        if path is not None:
+            _ = sound_seconds(path) if path is entry.reference and is_sound(path) else probe(path)
+
+
+def _looked_into_scenes(entry: ManifestEntry) -> ManifestEntry:
+    """A story of several files: each is counted, and no shot lasts longer than its file."""
+    scenes = []
+    for number, scene in enumerate(entry.scenes):
+        path = scene.path or entry.path
+        info = probe(path, count=True)
+        alone = replace(entry, start=scene.start, end=scene.end, scenes=())
+        check_times(alone, info.duration, f"{path} (scene {number} of {entry.id})")
+        scenes.append(replace(scene, end=min(scene.end, info.duration)))
+    info = probe(entry.scenes[0].path or entry.path)
+    return replace(entry, kind="video", scenes=tuple(scenes), width=info.width, height=info.height)

@@ -17,13 +17,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from motionloom.data.media.info import FRAME_FOLDER_NOTE
+from motionloom.data.media.mux import add_sound_stream, mux_sound
 from motionloom.durable import flush
 from motionloom.errors import UserError
 
@@ -170,13 +171,15 @@ def _encode(
         if encoder.pixel_format.startswith("yuv"):
             _tag_bt709(stream.codec_context)
         stream.codec_context.thread_count = 1  # the bytes depend on the number of threads otherwise
-        track = _add_sound_stream(container, encoder, sound, sample_rate)
+        track = None
+        if sound is not None and sample_rate is not None and encoder.sound_codec is not None:
+            track = add_sound_stream(container, encoder.sound_codec, sound, sample_rate)
         for index, frame in enumerate(_video_frames(encoder, frames)):
             frame.pts, frame.time_base = index, 1 / stream.codec_context.framerate
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
         if track is not None and sound is not None and sample_rate is not None:
-            _mux_sound(container, track, sound, sample_rate)
+            mux_sound(container, track, sound, sample_rate)
     return buffer.getvalue()
 
 
@@ -239,39 +242,6 @@ def _paletted(frames: NDArray[np.uint8]) -> Iterator[av.VideoFrame]:
     source.push(None)
     for _ in frames:
         yield cast("av.VideoFrame", sink.pull())
-
-
-def _add_sound_stream(
-    container: av.container.OutputContainer,
-    encoder: _Encoder,
-    sound: NDArray[np.float32] | None,
-    sample_rate: int | None,
-) -> Any:
-    if sound is None or encoder.sound_codec is None:
-        return None
-    # Opus knows five rates only; 48 kHz is its own.
-    rate = 48_000 if encoder.sound_codec == "libopus" else sample_rate
-    return container.add_stream(
-        encoder.sound_codec, rate=rate, layout="mono" if len(sound) == 1 else "stereo"
-    )
-
-
-def _mux_sound(
-    container: av.container.OutputContainer, track: Any, sound: NDArray[np.float32], sample_rate: int
-) -> None:
-    import av
-
-    assert sound.ndim == 2, "sound is (channels, samples)"
-    assert sound.shape[0] in (1, 2), "one or two channels"
-    layout = "mono" if len(sound) == 1 else "stereo"
-    samples = np.ascontiguousarray(np.clip(sound, -1, 1), dtype=np.float32)
-    frame = av.AudioFrame.from_ndarray(samples, format="fltp", layout=layout)
-    frame.sample_rate, frame.pts, frame.time_base = sample_rate, 0, Fraction(1, sample_rate)
-    context = track.codec_context
-    resampler = av.AudioResampler(context.format, layout, track.rate, frame_size=context.frame_size or None)
-    for piece in (*resampler.resample(frame), *resampler.resample(None)):
-        container.mux(track.encode(piece))
-    container.mux(track.encode(None))
 
 
 def _sheet(frames: NDArray[np.uint8], columns: int = 8) -> NDArray[np.uint8]:

@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from motionloom.data.manifest import ManifestEntry, Scene, write_manifest
 from motionloom.data.media import write_atomic, write_video
+from motionloom.data.shapeworld.beside import (
+    REFERENCES,
+    ReferenceKind,
+    random_mask,
+    reference_caption,
+    reference_video,
+)
 from motionloom.data.shapeworld.captions import caption, facts, prompt
-from motionloom.data.shapeworld.render import render
+from motionloom.data.shapeworld.render import render_video
+from motionloom.data.shapeworld.sound import SAMPLE_RATE, synthesize
 from motionloom.data.shapeworld.spec import ClipSpec, Split, World
 from motionloom.data.shapeworld.story import StorySpec, sample_story, scene_captions, story_caption
 from motionloom.errors import UserError
 
-MANIFEST, CLIPS = "manifest.jsonl", "clips"
+MANIFEST, CLIPS, BESIDE = "manifest.jsonl", "clips", {"reference": "references", "mask": "masks"}
 ORIGIN = "shapeworld.json"  # what made the clips, so that a rerun never mixes two worlds
 
 
@@ -31,6 +41,8 @@ def write_dataset(
     scenes: int = 1,
     lengths: tuple[int, ...] | None = None,
     sound: bool = False,
+    references: ReferenceKind | None = None,
+    masks: bool = False,
     quality: int = 100,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> Path:
@@ -41,24 +53,32 @@ def write_dataset(
 
     Args:
         lengths: scene lengths of stories, see `sample_story`.
-        sound: whether the files carry the sound track.
+        sound: whether the files carry the sound track, those of references as well.
+        references: what stands beside every clip, see `beside`; captions then leave to it what it shows.
+        masks: whether a mask of what is given stands beside every clip.
         quality: 0..100 of `write_video`.
         on_progress: called with (clips done, clips in all) after each clip.
 
     Raises:
-        UserError: the folder holds another world's clips, or cannot be written.
+        UserError: the folder holds another world's clips, or cannot be written; references of stories.
     """
+    if references is not None and (scenes > 1 or references not in REFERENCES):
+        raise UserError(f"ShapeWorld: references={references}: use {', '.join(REFERENCES)}, with one scene")
     out = Path(out_dir)
+    # What is off is left out, so that folders from before there was a choice are still known.
+    chosen = {"references": references, "masks": masks}
     origin = {
-        "world": asdict(world),
+        "world": {key: value for key, value in asdict(world).items() if key != "only" or value},
         "seed": seed,
         "split": split,
         "scenes": scenes,
         "lengths": lengths,
         "sound": sound,
         "quality": quality,
+        **{key: value for key, value in chosen.items() if value},
     }
     _claim(out, json.dumps(origin, indent=1) + "\n")
+    maker = _Maker(out.absolute(), world, sound, references, masks, quality)
     entries: list[ManifestEntry] = []
     for index in range(clips):
         spec = (
@@ -66,22 +86,57 @@ def write_dataset(
             if scenes == 1
             else sample_story(world, seed, index, split, scenes=scenes, lengths=lengths)
         )
-        path = out.absolute() / CLIPS / f"{split}-{index:06d}.mp4"
-        if not path.exists():
-            rendered = render(spec)
-            write_video(
-                path,
-                rendered.video_FHW3,
-                spec.fps,
-                sound=rendered.sound if sound else None,
-                sample_rate=rendered.sample_rate if sound else None,
-                quality=quality,
-            )
-        entries.append(entry(spec, path))
+        entries.append(maker.make(spec, f"{split}-{index:06d}", (seed, index, split)))
         if on_progress is not None:
             on_progress(index + 1, clips)
     write_manifest(out / MANIFEST, entries)
     return out / MANIFEST
+
+
+@dataclass(frozen=True)
+class _Maker:
+    """Writes clips and what stands beside them."""
+
+    out: Path
+    world: World
+    sound: bool
+    references: ReferenceKind | None
+    masks: bool
+    quality: int
+
+    def make(self, spec: ClipSpec | StorySpec, name: str, key: tuple[int | str, ...]) -> ManifestEntry:
+        """Write what is not there yet of one clip; its entry."""
+        path = self.out / CLIPS / f"{name}.mp4"
+        made = entry(spec, path)
+        if not path.exists():
+            self._write(path, render_video(spec), spec)
+        if self.references is not None:
+            assert isinstance(spec, ClipSpec)
+            beside = self.out / BESIDE["reference"] / path.name
+            if not beside.exists():
+                self._write(beside, reference_video(spec, self.references, self.world), spec)
+            words = reference_caption(spec, self.references)
+            # Other wordings would say what the reference is there for.
+            told = made.captions if words == made.caption else ()
+            made = replace(made, caption=words, captions=told, reference=beside)
+        if self.masks:
+            mask = self.out / BESIDE["mask"] / f"{name}.webp"
+            if not mask.exists():
+                video = random_mask(spec.frames, made.height or 0, made.width or 0, *key)
+                write_video(mask, video, spec.fps, quality=100)
+            made = replace(made, mask=mask)
+        return made
+
+    def _write(self, path: Path, video_FHW3: np.ndarray, spec: ClipSpec | StorySpec) -> None:
+        scenes = spec.scenes if isinstance(spec, StorySpec) else (spec,)
+        write_video(
+            path,
+            video_FHW3,
+            spec.fps,
+            sound=synthesize(scenes) if self.sound else None,
+            sample_rate=SAMPLE_RATE if self.sound else None,
+            quality=self.quality,
+        )
 
 
 def entry(spec: ClipSpec | StorySpec, path: Path) -> ManifestEntry:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -44,6 +44,16 @@ EXTENT = 1.12  # no point of any shape lies further than this many radii from it
 GROWTH = 1.4  # "grow" goes from radius * (2 - GROWTH) to radius * GROWTH
 # Rotations (in turns) after which a shape looks the same: a spin must step by clearly less per frame.
 SYMMETRY = {"square": 1 / 4, "triangle": 1 / 3, "star": 1 / 5, "cross": 1 / 4, "diamond": 1 / 2, "heart": 1.0}
+
+# Attributes by the field of World that lists them; the first three make up the split.
+_FIELDS = {
+    "shape": "shapes",
+    "color": "colors",
+    "motion": "motions",
+    "size": "sizes",
+    "background": "backgrounds",
+}
+_SPLIT_BY = ("shape", "color", "motion")
 
 HELD_OUT = 1 / 6  # share of the combinations that only the test split holds
 PLACEMENTS = 64  # tries at finding two paths that do not cross
@@ -113,6 +123,9 @@ class ClipSpec:
 class World:
     """Which clips exist. ``objects`` lists the possible numbers of objects per clip (1, 2 or both).
 
+    ``only`` holds (attribute, value) pairs of shape, color or motion that clips must have, those of one
+    attribute being alternatives; the split stays that of the world without them. See :meth:`narrowed`.
+
     Raises:
         UserError: an unknown attribute, fewer than two colours for two objects, or too few frames or pixels.
     """
@@ -127,6 +140,7 @@ class World:
     height: int = 32
     width: int = 32
     fps: float = 8.0
+    only: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         known: dict[str, tuple[str, ...]] = {
@@ -181,6 +195,29 @@ class World:
         """The quickstart's with a bounce, which can be heard: for conditions, scenes and sound."""
         return replace(cls.quickstart(size, frames, fps), motions=("left", "right", "up", "down", "bounce"))
 
+    def narrowed(self, only: Mapping[str, Sequence[str]]) -> World:
+        """The part of this world whose clips have one of the given values of each attribute.
+
+        A value that this world lacks comes to it first: a new shape, for an adapter to learn.
+
+        Raises:
+            UserError: an unknown attribute or value.
+        """
+        if unknown := sorted(only.keys() - _FIELDS.keys()):
+            raise UserError(f"ShapeWorld: {unknown[0]}: narrow by one of {', '.join(_FIELDS)}")
+        wider: dict[str, Any] = {}
+        for name, values in only.items():
+            has = getattr(self, _FIELDS[name])
+            split = name in _SPLIT_BY
+            wider[_FIELDS[name]] = tuple(dict.fromkeys((*has, *values) if split else values))
+        pairs = tuple((name, value) for name in _SPLIT_BY for value in only.get(name, ()))
+        return replace(self, **wider, only=pairs)
+
+    @property
+    def unlimited(self) -> World:
+        """This world without its ``only``."""
+        return replace(self, only=())
+
     @property
     def extent(self) -> tuple[float, float]:
         """(width, height) of the frame in units of its shorter side."""
@@ -189,17 +226,39 @@ class World:
 
     def combinations(self, split: Split = "all") -> tuple[Combination, ...]:
         """The (shape, colour, motion) triples of a split; "all" is train and test together."""
-        train, test = _split(self.shapes, self.colors, self.motions)
+        wanted = {name: {value for key, value in self.only if key == name} for name, _ in self.only}
+        train, test = (
+            tuple(t for t in part if all(t[_SPLIT_BY.index(name)] in wanted[name] for name in wanted))
+            for part in _split(self.shapes, self.colors, self.motions)
+        )
         if split == "all":
             return train + test
         assert split in ("train", "test"), split
         return train if split == "train" else test
 
+    def choice(self, split: Split, objects: int = 1) -> tuple[Combination, ...]:
+        """:meth:`combinations` to draw so many objects of different colours from.
+
+        Raises:
+            UserError: ``only`` leaves too few.
+        """
+        triples = self.combinations(split)
+        if len({color for _, color, _ in triples}) < objects:
+            raise UserError(
+                f"ShapeWorld: too few combinations are left in the {split} split: narrow the world less, ask "
+                f"for one object, or for the split all"
+            )
+        return triples
+
     def sample(self, seed: int, index: int, split: Split = "train") -> ClipSpec:
-        """Clip ``index`` of a split: a pure function of (seed, index, split) and of this world."""
+        """Clip ``index`` of a split: a pure function of (seed, index, split) and of this world.
+
+        Raises:
+            UserError: ``only`` leaves nothing of the split, or no two colours for two objects.
+        """
         rng = numpy_rng("shapeworld", seed, index, split)
         count = int(rng.choice(self.objects))
-        triples = self.combinations(split)
+        triples = self.choice(split, count)
         wanted: list[Attributes] = []
         while len(wanted) < count:
             shape, color, motion = triples[rng.integers(len(triples))]

@@ -70,7 +70,7 @@ def sample_story(
     if min(lengths) < MIN_FRAMES:
         raise UserError(f"ShapeWorld: lengths={list(lengths)}: a scene needs at least {MIN_FRAMES} frames")
     rng = numpy_rng("shapeworld story", seed, index, split, scenes)
-    triples = world.combinations(split)
+    triples = world.choice(split)
     shape, color, _ = triples[rng.integers(len(triples))]
     motions = [motion for s, c, motion in triples if (s, c) == (shape, color)]
     size = str(rng.choice(world.sizes))
