@@ -19,12 +19,12 @@ import pytest
 import torch
 
 from cached import FPS, make_clip, make_world, recipe
-from motionloom.data.buckets import Bucket, closest_size, latent_scenes, longest_fit
+from motionloom.data.buckets import Bucket, closest_size, longest_fit
 from motionloom.data.cache import build_cache, open_cache
 from motionloom.data.manifest import ManifestEntry, Scene, read_entry
 from motionloom.errors import UserError
 from motionloom.text import build_text_encoder
-from motionloom.tokenizers import TokenizerSpec, load_tokenizer
+from motionloom.tokenizers import TokenizerSpec, latent_scenes, load_tokenizer
 
 
 def rows_of(path: Path) -> list[dict]:

@@ -428,6 +428,13 @@ def test_seconds_become_the_nearest_length_that_can_be_made() -> None:
     assert "1 s are 8 frames; 7 can be made" in ready("video", {"prompt": "a", "seconds": 1}).notes[0]
 
 
+def test_a_scene_is_as_long_as_a_shot_in_training() -> None:
+    wish = parse_request({"scenes": [{"caption": "a"}, {"caption": "b"}]})
+    for stories, frames in (({}, 3), ({"join": [2, 3]}, 9), ({"join": [2, 3], "frames": 5}, 5)):
+        model = build(**SCENES, stories=stories)
+        assert prepare(model, wish).shots == (frames, frames), stories
+
+
 def test_notes_tell_what_a_model_was_never_shown(files: Path) -> None:
     prefix = {"type": "prefix", "source": str(files / "film.mp4"), "frames": 5}
     tree = {"prompt": "a", "conditions": [prefix]}
@@ -651,6 +658,20 @@ def test_sound_is_written_with_the_film_and_alone(opened: None, tmp_path: Path) 
         sound = read_sound(json.loads(answer.out)["clips"][0], 4096)
         assert sound.shape[1] == pytest.approx(9 / FPS * 4096, abs=1024)
         assert np.abs(sound).max() > 0.01
+
+
+def test_a_model_of_sound_alone_makes_and_extends_sound(
+    opened: None, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build(**{**SOUND, "plan": {"modalities": ["audio"]}})
+    monkeypatch.setattr("motionloom.cli.assemble.open_model", lambda what, **_: model)
+    words = ("--prefix", "tone.wav:4", "--extend", "8", "--format", "wav", "--out", str(tmp_path), "--json")
+    answer = call("generate", "sound", "--prompt", "a", *words)
+    assert answer.code == 0, answer.err
+    value = json.loads(answer.out)
+    assert read_sound(value["clips"][0]).shape == (1, 17 * 512)
+    assert "sheet" not in value
+    assert call("generate", "sound", "--prompt", "a", "--out", str(tmp_path)).err.count("choose wav") == 1
 
 
 def test_a_request_can_be_all_that_is_said(opened: None, files: Path, tmp_path: Path) -> None:

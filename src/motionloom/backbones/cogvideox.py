@@ -186,7 +186,7 @@ class CogVideoX(nn.Module):
         checkpoint_blocks: recompute blocks in the backward pass.
     """
 
-    modalities = ("video",)
+    modalities: tuple[str, ...] = ("video",)
 
     def __init__(self, sizes: CogVideoXSizes, *, checkpoint_blocks: bool = False) -> None:
         super().__init__()

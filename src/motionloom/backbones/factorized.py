@@ -166,7 +166,7 @@ class Factorized(nn.Module):
     frames of the clip's size. What is not valid are whole frames, too.
     """
 
-    modalities = ("video",)
+    modalities: tuple[str, ...] = ("video",)
 
     def __init__(self, config: ModelConfig, latent_channels: int, text_dim: int) -> None:
         super().__init__()

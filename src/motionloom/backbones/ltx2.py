@@ -96,7 +96,7 @@ class LTX2(nn.Module):
     """
 
     patch = (1, 1, 1)
-    modalities = ("video", "audio")
+    modalities: tuple[str, ...] = ("video", "audio")
 
     def __init__(self, sizes: LTX2Sizes, *, checkpoint_blocks: bool = False) -> None:
         super().__init__()

@@ -257,7 +257,7 @@ class Wan(nn.Module):
     ``sizes.image_dim`` asks for them, which a visibility treats as it treats words.
     """
 
-    modalities = ("video",)
+    modalities: tuple[str, ...] = ("video",)
 
     def __init__(self, sizes: WanSizes, *, checkpoint_blocks: bool = False) -> None:
         super().__init__()

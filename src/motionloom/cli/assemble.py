@@ -30,6 +30,7 @@ from motionloom.rng import torch_generator
 from motionloom.text import build_text_encoder, cached_text_encoder, load_text_encoder
 from motionloom.text.base import TextEncoder
 from motionloom.tokenizers import (
+    AbsentTokenizer,
     Tokenizer,
     fit_audio_tokenizer,
     fit_tokenizer,
@@ -251,7 +252,7 @@ def assemble(recipe: Recipe, cache: Cache, ranks: Ranks) -> Parts:
     heldout = Loader(cache, recipe, ranks.rank, ranks.world, split="heldout")
     text_encoder = training_text(recipe, cache)
     plan = build_plan(recipe)
-    tokenizer = cache.tokenizer()
+    tokenizer = cache.tokenizer() if cache.has_video else AbsentTokenizer(recipe_spec(recipe))
     same_tokenizer(adapted_checkpoint(recipe), tokenizer)
     start = backbone_start(recipe)
     # Weights that are there go straight to where each rank wants them; only shapes are built before.

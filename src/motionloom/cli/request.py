@@ -149,12 +149,16 @@ def _shot(model: Model, wish: Request, index: int, scene: SceneRequest, fps: flo
     elif scene.seconds is not None:
         frames = _nearest(model, scene.seconds, fps, f"{key}.seconds", notes)
     else:
-        longest = model.recipe.stories.frames
-        usual = longest or model.clip_shape[0] // len(wish.scenes)
-        frames = max(_whole(model, usual), _shortest(model))
+        frames = max(_whole(model, _usual_shot(model, len(wish.scenes))), _shortest(model))
     if model.shots_alone(len(wish.scenes)):
         _check_frames(model, frames, f"{key}.frames")
     return frames
+
+
+def _usual_shot(model: Model, count: int) -> int:
+    """How long a shot is in training: said, a whole clip that was joined to others, or a part of one."""
+    stories, frames = model.recipe.stories, model.clip_shape[0]
+    return stories.frames or (frames if stories.join[1] else frames // count)
 
 
 def _nearest(model: Model, seconds: float, fps: float, key: str, notes: list[str]) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from motionloom.config.recipe import Recipe
-from motionloom.tokenizers import TokenizerSpec, latent_scenes, scene_latents
+from motionloom.tokenizers import TokenizerSpec, scene_latents
 
 
 @dataclass(frozen=True, order=True)

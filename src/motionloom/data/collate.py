@@ -15,10 +15,17 @@ from torch import Tensor
 
 from motionloom.config.recipe import Recipe
 from motionloom.data.batch import Latents
-from motionloom.data.buckets import Bucket, latent_scenes
+from motionloom.data.buckets import Bucket
 from motionloom.data.cache import Cache
 from motionloom.data.samples import Piece, Sample
-from motionloom.tokenizers import AudioTokenizerSpec, scene_latents, scene_seconds, scene_sound, scene_spans
+from motionloom.tokenizers import (
+    AudioTokenizerSpec,
+    latent_scenes,
+    scene_latents,
+    scene_seconds,
+    scene_sound,
+    scene_spans,
+)
 
 SceneFrames = Callable[[int], tuple[int, ...]]
 """Pixel frames of each scene of a row."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from motionloom.config.recipe import AudioConfig, Recipe, TokenizerConfig
 from motionloom.errors import UserError
 from motionloom.tokenizers import diffusers_folder
+from motionloom.tokenizers.absent import AbsentTokenizer
 from motionloom.tokenizers.audio import AudioTokenizer, AudioTokenizerSpec
 from motionloom.tokenizers.base import Tokenizer, TokenizerSpec
 from motionloom.tokenizers.cogvideox_vae import COGVIDEOX_VAE
@@ -106,6 +107,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     kind = settings.pop("type")
     if kind in VAES:
         return VaeTokenizer.load(VAES[kind], folder, settings)
+    if kind == "absent":
+        return AbsentTokenizer.load(folder, settings)
     if kind not in TOKENIZERS:
         raise UserError(
             f"{note}: type {kind!r} is unknown: this version has {', '.join([*TOKENIZERS, *VAES])}"
@@ -209,6 +212,7 @@ __all__ = [
     "AUDIO_TOKENIZERS",
     "TOKENIZERS",
     "VAES",
+    "AbsentTokenizer",
     "AudioTokenizer",
     "AudioTokenizerSpec",
     "SpectralAudio",

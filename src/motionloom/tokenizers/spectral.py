@@ -95,7 +95,8 @@ class SpectralAudio:
 
     def encode(self, sound_BSN: Tensor, sample_rate: int) -> Tensor:
         """Sound (B, S, N), mixed to one channel -> float32 (B, T, C). Raises UserError for no samples."""
-        return self._basis.to_latent(_features(_mono(sound_BSN, sample_rate, self.spec), self._bands))
+        features_BTD = _features(_mono(sound_BSN, sample_rate, self.spec), self._bands)
+        return self._basis.to_latent(features_BTD).to(sound_BSN.device)
 
     def decode(self, latents_BTC: Tensor) -> tuple[Tensor, int]:
         """float (B, T, C) -> sound (B, 1, T x hop) float32 in [-1, 1], and its sample rate."""
@@ -175,7 +176,7 @@ class Band:
         return fold(columns, (1, length), (1, self.window), stride=(1, self.hop))[:, 0, 0]
 
     def _phases(self, magnitude_BLK: Tensor) -> Tensor:
-        """Phases (B, L, K) by phase locking, Laroche and Dolson (1999), section 3.3.
+        """Phases (B, L, K) by phase locking (Laroche and Dolson, Improved phase vocoder, 1999).
 
         The phase of a peak grows by its frequency, the mean of this frame's and the last one's.
         """
