@@ -30,6 +30,18 @@ def _alternatives(only: list[str]) -> dict[str, list[str]]:
     return found
 
 
+def _lengths(scene_frames: str | None, scenes: int) -> tuple[int, ...] | None:
+    """``"9,13"`` -> (9, 13)."""
+    if scene_frames is None:
+        return None
+    parts = scene_frames.split(",")
+    if scenes < 2 or not all(part.strip().isdigit() for part in parts):
+        raise UserError(
+            f"--scene-frames {scene_frames}: write lengths such as 9,13, and --scenes 2 or more beside them"
+        )
+    return tuple(map(int, parts))
+
+
 def shapeworld(
     out: Path,
     clips: int,
@@ -40,6 +52,7 @@ def shapeworld(
     world: str,
     split: str,
     scenes: int,
+    scene_frames: str | None,
     sound: bool,
     references: str | None,
     masks: bool,
@@ -69,6 +82,7 @@ def shapeworld(
             seed,
             cast(Split, split),
             scenes=scenes,
+            lengths=_lengths(scene_frames, scenes),
             sound=sound,
             references=cast(ReferenceKind | None, references),
             masks=masks,

@@ -64,8 +64,10 @@ Recipe = Annotated[
     str,
     typer.Argument(
         metavar="RECIPE",
-        help="A YAML file, or the name of one that comes along: quickstart, clips, first_frame, scenes, "
-        "causal, factorized_256, lora_wan, lora_cogvideox, lora_ltx2",
+        help="A YAML file, or the name of one that comes along: quickstart, clips, shapeworld, causal, "
+        "factorized_256; first_frame, keyframes, extend, extend_back, inpaint, outpaint, conditions, ic_lora; "
+        "scenes, scenes_pretrain, scenes_sft, scenes_lora; sound, t2av, v2a, a2v, t2a, audio_extend, "
+        "audio_inpaint, a2a, av2av; lora_wan, lora_cogvideox, lora_ltx2",
     ),
 ]
 Overrides = Annotated[
@@ -116,6 +118,9 @@ def shapeworld(
     ] = "full",
     split: Annotated[str, typer.Option(help="train, test (held-out combinations) or all.")] = "train",
     scenes: Annotated[int, typer.Option(min=1, help="More than 1: stories with one character.")] = 1,
+    scene_frames: Annotated[
+        str | None, typer.Option(help="Lengths that a scene may have, such as 9,13; instead of --frames.")
+    ] = None,
     sound: Annotated[bool, typer.Option("--sound", help="Write the sound track into the files.")] = False,
     references: Annotated[
         str | None,
@@ -144,6 +149,7 @@ def shapeworld(
         world,
         split,
         scenes,
+        scene_frames,
         sound,
         references,
         masks,
