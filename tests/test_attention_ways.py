@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from laid import EXPAND
 from motionloom.errors import UserError
 from motionloom.nn.attention import CHOICES, Choices, Pattern, attend, kernels, pinned
 from motionloom.nn.attention.choice import best
@@ -113,7 +114,8 @@ def attributes_for(name: str) -> Attributes:
         a.scene_BN[:, last.unflatten(0, (-1, 3))[:, 1:].flatten()] = GLOBAL
     if "references" in name:
         beside = tokens(frames=(1, 2), rows=2, columns=3, words=2)
-        a = join_attributes([replace(beside, context_BN=torch.ones_like(beside.context_BN)), a])
+        context_BN = torch.ones_like(beside.context_BN)
+        a = join_attributes([replace(beside, context_BN=context_BN, chunk_BN=-context_BN.long()), a])
     return a
 
 
@@ -489,7 +491,7 @@ def test_a_plan_lives_as_long_as_a_graph_needs_it_and_no_longer():
 # --- backbones ----------------------------------------------------------------------------------------------
 
 BACKBONE_PLANS = {
-    "scenes": Scenes(1.0),
+    "scenes": Scenes(EXPAND),
     "chunks": Chunks(2, window=2, sinks=1),
     "teacher": Chunks(2, forcing="teacher"),
 }

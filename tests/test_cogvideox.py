@@ -477,9 +477,9 @@ def test_one_block_binds_captions_to_scenes(scenes):
     for layers in (1, 2):
         model = build(replace(TINY, num_layers=layers))
         clip = Clip(TINY, (4, 8, 12), scenes)
-        before = clip.run(model, Scenes(0.0))
+        before = clip.run(model, Scenes())
         clip.text = changed(clip.text, slice(None), slice(0, WORDS))
-        moved = (clip.run(model, Scenes(0.0)) != before).flatten(2).any(2).any(0)
+        moved = (clip.run(model, Scenes()) != before).flatten(2).any(2).any(0)
         own = clip.geometry.scene_BF[0] == 0
         assert moved[own].all()
         assert bool(moved[~own].any()) == (layers == 2)
@@ -490,16 +490,16 @@ def test_words_see_only_their_own_scene():
     model, clip = build(replace(TINY, num_layers=1)), Clip(TINY, (4, 8, 12), 2)
     seen: list[Tensor] = []
     model.blocks()[0].register_forward_hook(lambda module, args, out: seen.append(out[:, : 2 * WORDS]))
-    clip.run(model, Scenes(0.0))
+    clip.run(model, Scenes())
     clip.clean = changed(clip.clean, slice(None), slice(2, 4))
-    clip.run(model, Scenes(0.0))
+    clip.run(model, Scenes())
     assert torch.equal(seen[0][:, :WORDS], seen[1][:, :WORDS])
     assert not torch.equal(seen[0][:, WORDS:], seen[1][:, WORDS:])
 
 
 def test_one_scene_is_the_base():
     model, clip = build(TINY), Clip(TINY)
-    assert relative(clip.run(model, Scenes(0.0)), clip.run(model, TextToVideo())) < 1e-5
+    assert relative(clip.run(model, Scenes()), clip.run(model, TextToVideo())) < 1e-5
 
 
 def test_given_scenes_are_clean_and_at_level_zero():

@@ -188,6 +188,7 @@ def with_reference(kind: str, rows: int, columns: int, scene: int = 0, frames: i
         marked,
         level_BN=torch.ones_like(marked),
         context_BN=torch.ones_like(marked).bool(),
+        chunk_BN=torch.full_like(marked, -1),
         first_BN=cell[..., 0] == 0,
     )
     video = beside(reference, streams["video"])
@@ -554,7 +555,7 @@ def facts(*tokens: tuple[str, int, bool]) -> Attributes:
             Attributes(
                 modality_BN=torch.full_like(one, MODALITIES.index(modality)),
                 scene_BN=one,
-                chunk_BN=one * 0,
+                chunk_BN=one * 0 - int(context),
                 context_BN=one * 0 + context > 0,
                 cell_BN3=torch.zeros(1, 1, 3).long() + scene,
                 first_BN=one == one,

@@ -26,21 +26,27 @@ PLANS: dict[str, dict[str, Any]] = {
 """Plan sections by a name for tests; ``teacher`` is ``chunks`` with the clean past in front."""
 
 
-def toy_recipe(backbone: str = "joint", plan: str = "text_to_video", **sections: dict[str, Any]) -> Recipe:
+def toy_recipe(
+    backbone: str = "joint", plan: str | dict[str, Any] = "text_to_video", **sections: dict[str, Any]
+) -> Recipe:
     """8 frames of 16 x 24 pixels at 8 a second: 4 x 4 x 6 tokens of 6 channels."""
     base: dict[str, dict[str, Any]] = {
         "video": {"height": 16, "width": 24, "num_frames": 8, "fps": 8.0},
         "tokenizer": {"latent_f": 4, "latent_t": 2, "latent_d": 6},
         "text_encoder": {"dim": 12, "vocab_size": 256, "max_length": 12},
         "model": {"type": backbone, "dim": 24, "depth": 2, "num_heads": 2, "window_size": 3},
-        "plan": PLANS[plan],
+        "plan": PLANS[plan] if isinstance(plan, str) else plan,
         "train": {"precision": "fp32", "sample_num_steps": 3, "sample_cfg_scale": 3.0},
     }
     return Recipe.model_validate({k: {**base.get(k, {}), **sections.get(k, {})} for k in base | sections})
 
 
 def toy_model(
-    backbone: str = "joint", plan: str = "text_to_video", *, awake: bool = True, **sections: dict[str, Any]
+    backbone: str = "joint",
+    plan: str | dict[str, Any] = "text_to_video",
+    *,
+    awake: bool = True,
+    **sections: dict[str, Any],
 ) -> Model:
     """The model that the toy recipe starts from; unless ``awake`` its answer is 0 everywhere."""
     model = fresh_model(toy_recipe(backbone, plan, **sections), torch.device("cpu"))

@@ -65,9 +65,9 @@ Recipe = Annotated[
     typer.Argument(
         metavar="RECIPE",
         help="A YAML file, or the name of one that comes along: quickstart, clips, shapeworld, causal, "
-        "factorized_256; first_frame, keyframes, extend, extend_back, inpaint, outpaint, conditions, ic_lora; "
-        "scenes, scenes_pretrain, scenes_sft, scenes_lora; sound, t2av, v2a, a2v, t2a, audio_extend, "
-        "audio_inpaint, a2a, av2av; lora_wan, lora_cogvideox, lora_ltx2",
+        "factorized_256; first_frame, keyframes, extend, extend_back, inpaint, outpaint, conditions, "
+        "ic_lora; scenes, scenes_pretrain, scenes_sft, scenes_lora; sound, t2av, v2a, a2v, t2a, "
+        "audio_extend, audio_inpaint, a2a, av2av; lora_wan, lora_cogvideox, lora_ltx2",
     ),
 ]
 Overrides = Annotated[

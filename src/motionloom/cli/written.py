@@ -106,7 +106,7 @@ def _told(out: Path, number: int, given: Given) -> dict[str, Any]:
         rows, columns = (np.flatnonzero(given.where_PHW.any(axis=(0, axis))) for axis in (2, 1))
         record["region"] = [int(n) for n in (rows[0], columns[0], rows[-1] + 1, columns[-1] + 1)]
     elif c.type == "mask":
-        record["mask"] = f"{GIVEN}/{number:02d}_mask.webp"
+        record["mask"] = f"{GIVEN}/{number:02d}_where.webp"  # its pixels are in NN_mask.webp
         white = np.repeat(given.where_PHW[..., None], 3, axis=3).astype(np.uint8) * 255
         write_video(out / record["mask"], white, 8, quality=100)
     return record

@@ -320,8 +320,8 @@ class SeparateReferences(Timeless):
     """References, told apart by their scene index, do not see each other; the clip sees them and they see it.
     It says nothing of all the rest: stands behind ``&``.
 
-    References are the tokens with ``context_BN`` that are no text; sound and picture of one reference have
-    one index. The copies of teacher forcing are marked alike, so the two do not go together.
+    References are the tokens with ``context_BN`` that are no text and stand before all chunks, at -1: the
+    copies of teacher forcing are of the clip's chunks. Sound and picture of one reference have one index.
     """
 
     def allows(self, q: Attributes, k: Attributes) -> Tensor:
@@ -332,7 +332,7 @@ class SeparateReferences(Timeless):
 
     @staticmethod
     def _references(a: Attributes) -> Tensor:
-        return a.context_BN & (a.modality_BN != TEXT)
+        return a.context_BN & (a.modality_BN != TEXT) & (a.chunk_BN < 0)
 
 
 @dataclass(frozen=True)
