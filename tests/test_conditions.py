@@ -212,7 +212,8 @@ def test_keyframes_are_the_token_frames_that_are_on_at_their_times(grid: str) ->
             assert frames(sample, Keyframes(times=((pixel + inside) / FPS,))) == [wanted]
     assert frames(sample, FirstFrame()) == [0]
     assert frames(sample, LastFrame()) == [len(ends) - 1]
-    assert frames(sample, Keyframes(times=(0.0, (length - 0.5) / FPS))) == sorted({0, len(ends) - 1})
+    if len(ends) > 2:
+        assert frames(sample, Keyframes(times=(0.0, (length - 0.5) / FPS))) == [0, len(ends) - 1]
 
 
 def test_lengths_of_sound_are_frames_of_the_picture_or_seconds() -> None:
@@ -249,14 +250,14 @@ def test_a_mask_of_the_data_is_given_where_it_is_true_and_silent_samples_keep_th
 
 
 def test_scenes_are_given_by_name_or_rule() -> None:
-    sample = both((5, 12, 4))
+    sample = both((5, 13, 1))
     assert frames(sample, Scene(scenes=(1,))) == [2, 3, 4, 5]
     assert frames(sample, Scene(scenes=(0, 2))) == [0, 1, 6]
     assert frames(sample, Scene()) == [0, 1, 2, 3, 4, 5]
-    assert frames(sample, Scene(), modality="audio") == list(range(17))
-    assert frames(sample, Scene(scenes=(2,), modality="audio"), modality="audio") == list(range(17, 21))
+    assert frames(sample, Scene(), modality="audio") == list(range(18))
+    assert frames(sample, Scene(scenes=(2,), modality="audio"), modality="audio") == [18]
     assert not fixed(sample, Scene(scenes=(2,), modality="audio")).any()
-    assert frames(sample, Whole(), modality="audio") == list(range(21))
+    assert frames(sample, Whole(), modality="audio") == list(range(19))
 
 
 # --- what is drawn ------------------------------------------------------------------------------------------
@@ -409,7 +410,7 @@ def test_a_silent_film_that_is_given_leaves_nothing_so_the_film_is_made() -> Non
         (Suffix(seconds=3.0), "suffix: 3 seconds are more than the clip has"),
         (Prefix(frames=17), "nothing is left to make"),
         (Keyframes(count=2), "ranges are for training"),
-        (Keyframes(times=(0.1, 2.2)), r"keyframes: 2\.2 s is past the clip's end"),
+        (Keyframes(times=(0.1, 2.2)), r"keyframes: 2\.2 s is not before the clip's end"),
         (SpatialCrop(), "ranges are for training"),
         (SpatialCrop(region=(0, 0, 17, 8)), r"not \[top, left, bottom, right\] inside 24x16"),
         (SpatialCrop(region=(8, 8, 8, 16)), r"not \[top, left, bottom, right\]"),
@@ -1107,7 +1108,7 @@ def test_where_the_next_scene_stands(plan: Scenes, later: float | None) -> None:
 
 
 def test_each_scene_has_a_noise_level_of_its_own_if_the_plan_says_so() -> None:
-    sample = both((5, 9, 4))
+    sample = both((5, 9, 5))
     _, streams, _ = streams_of(Scenes(noise="own"), sample, drawn(sample, Scene(scenes=(1,))))
     for m in ("video", "audio"):
         sigma_BN, scene_N = streams[m].sigma_BN, streams[m].scene_BN[0]
@@ -1201,10 +1202,10 @@ def test_a_guided_rollout_from_the_cache_is_the_masked_one(conditions, forcing) 
     )
     plan = Chunks(2, forcing=forcing, first_alone=True)
     masked, cached = (
-        rollout(Predictor(backbone), plan, task, Sampling("heun", 2, guidance=guidance))
+        rollout(Predictor(backbone), plan, task, Sampling(steps=2, guidance=guidance))
         for backbone in (Plain(model), model)
     )
-    plain = rollout(Predictor(model), plan, task, Sampling("heun", 2))
+    plain = rollout(Predictor(model), plan, task, Sampling(steps=2))
     for m in task.sample.tracks:
         assert (masked[m] - cached[m]).abs().max() < 1e-9 * cached[m].abs().max()
         assert (plain[m] - cached[m]).abs().max() > 1e-3
@@ -1212,24 +1213,32 @@ def test_a_guided_rollout_from_the_cache_is_the_masked_one(conditions, forcing) 
 
 
 def test_guidance_by_a_condition_is_away_from_the_same_without_it() -> None:
-    """One step of Euler from pure noise, by hand."""
-    task = task_for((FirstFrame(), LastFrame()), False)
-    without = {"first_frame": Conditions((LastFrame(),)).fixed(task.sample)}
+    """Two steps of Euler by hand: what a pass is not given it sees as noisy as what is made."""
+    task = task_for((FirstFrame(), Prefix(frames=5, strength=0.4), LastFrame()), False)
+    without = {"first_frame": Conditions((Prefix(frames=5, strength=0.4), LastFrame())).fixed(task.sample)}
     model = joint()
-    guided = Sampling("euler", 1, guidance=Guidance(conditions={"first_frame": Term(3.0)}))
+    guided = Sampling("euler", 2, guidance=Guidance(conditions={"first_frame": Term(3.0)}))
     out = rollout(Predictor(model), TextToVideo(), replace(task, without=without), guided)["video"]
+    clean, noise = task.clean.clean["video"], task.noise["video"]
 
-    def velocity(given: Given) -> Tensor:
+    def velocity(given: Given, x: Tensor, sigma: float) -> Tensor:
         layout = TextToVideo().layout(task.sample, task.text, given)
         track = layout.tracks["video"]
-        levels = {"video": track.sigmas(torch.ones(2, track.num_draws))}
-        args = layout, task.clean, task.noise, task.noise, levels, task.text, LINEAR.mix
+        levels = {"video": track.sigmas(torch.full((2, track.num_draws), sigma))}
+        args = layout, task.clean, {"video": x}, task.noise, levels, task.text, LINEAR.mix
         with torch.no_grad():
             return read_video(layout, model(to_streams_at(*args), layout.visibility))
 
-    c, n = velocity(task.given), velocity(without["first_frame"])
-    wanted = task.noise["video"] - (c + 2.0 * (c - n))
-    torch.testing.assert_close(out[:, 1:4], wanted[:, 1:4], atol=1e-4, rtol=1e-4)
+    # The first frame is given; without it, it is a hint. The second is a hint, the last is given.
+    share = torch.tensor([0.0, 0.6, 1.0, 1.0, 0.0])[None, :, None, None]
+    x = torch.where(share == 0.6, 0.4 * clean + 0.6 * noise, noise)
+    for sigma in (1.0, 0.5):
+        other = x.clone()
+        other[:, 0] = ((1 - 0.6 * sigma) * clean + 0.6 * sigma * noise)[:, 0]
+        c, n = velocity(task.given, x, sigma), velocity(without["first_frame"], other, sigma)
+        x = x - 0.5 * share * (c + 2.0 * (c - n))
+    wanted = torch.where(share == 0, clean, x)
+    torch.testing.assert_close(out, wanted, atol=1e-4, rtol=1e-4)
 
 
 # --- no drift between trainer and sampler -------------------------------------------------------------------
@@ -1281,10 +1290,10 @@ DRIFT: dict[str, dict[str, Any]] = {
 }
 
 
-def drift_model(name: str) -> Model:
+def drift_model(name: str, rate: int = 8192, latents: float = 8.0) -> Model:
     plan = DRIFT[name]
     hears = "audio" in plan.get("modalities", ())
-    audio = {"enabled": True, "sample_rate": 800, "channels": 4, "latents_per_second": 8.0, "fit_clips": 8}
+    audio = {"enabled": True, "sample_rate": rate, "channels": 4, "latents_per_second": latents}
     return toy_model(
         model={"audio_dim": 12 if hears else 0, "depth": 1},
         plan=plan,
@@ -1355,7 +1364,7 @@ def request_of(name: str, model: Model) -> tuple[ClipRequest, tuple[int, ...]]:
     lengths = (4, 4) if name.startswith("scenes") else (8,)
     whole = Source(clips(2, 8, 16, 24))
     if model.audio_tokenizer is not None:
-        whole = replace(whole, sound_BZM=draw(2, 1, 800, key="sound").clamp(-1, 1), sample_rate=800)
+        whole = replace(whole, sound_BZM=draw(2, 1, 8192, key="sound").clamp(-1, 1), sample_rate=8192)
     sources = [whole] * len(conditions)
     if name == "reference":
         sources = [BESIDE, replace(whole, mask_BFhw=draw(2, 4, 4, 6, key="mask") > 0.5)]
@@ -1369,6 +1378,12 @@ def request_of(name: str, model: Model) -> tuple[ClipRequest, tuple[int, ...]]:
     if request.scenes:
         request = replace(request, prompts=("", ""))
     return request, lengths
+
+
+def layout_marks(task: Task, modality: str) -> Tensor:
+    """(B or 1, F, S, 1): what is given."""
+    grid = task.noise[modality].shape[1:3]
+    return (task.given.marks[modality].kind_BN > 0).unflatten(1, grid)[..., None]
 
 
 def same(a: Tensor | None, b: Tensor | None) -> bool:
@@ -1445,6 +1460,10 @@ def test_a_training_step_can_be_rebuilt_from_a_request(monkeypatch, name: str) -
         shown = trained["video"].x_BNC[:, : 4 * 2 * 3].unflatten(1, (4, 6))
         values = replace(values, references={"video": (shown,)})
     layout = model.plan.layout(task.sample, task.text, task.given)
+    if name == "teacher":  # the copies show what has been made by then
+        made_BFS1 = ~layout_marks(task, "video")
+        truth = patchify(batch.video.x_BFHWC, model.patch)
+        values = replace(values, clean={"video": torch.where(made_BFS1, truth, values.clean["video"])})
     x, levels = {}, {}
     for m, track in layout.tracks.items():
         state = trained[m].x_BNC[:, -track.geometry.tokens :].unflatten(1, noise[m].shape[1:3])
@@ -1471,9 +1490,10 @@ def test_a_training_step_can_be_rebuilt_from_a_request(monkeypatch, name: str) -
 
 
 def test_the_geometry_of_a_batch_is_that_of_a_request() -> None:
-    """References, masks and shots of sound among it."""
-    model = drift_model("scenes with sound")
-    request, lengths = request_of("scenes with sound", model)
+    """Also where the sound of a shot is no whole number of latents: each begins with its frames."""
+    model = drift_model("scenes with sound", 8000, 10.0)
+    request, _ = request_of("scenes with sound", model)
+    lengths = (2, 6)
     trained = batch_sample(training_batch(model, lengths, request), model.patch, model.fps, model.modalities)
     asked_for = model.sample(lengths, 16, 24, model.fps, 2)
     for m, ours in trained.tracks.items():
@@ -1515,7 +1535,7 @@ def test_pictures_stand_at_their_own_times_whatever_their_order() -> None:
         (Scene(scenes=(0,)), Source(clips(1, 4, 16, 24)), "its source has no sound.*modality to video"),
         (
             Prefix(modality="audio", seconds=0.5),
-            Source(sound_BZM=torch.zeros(1, 1, 200), sample_rate=800),
+            Source(sound_BZM=torch.zeros(1, 1, 2048), sample_rate=8192),
             r"0\.25 s of sound, which do not fill what is given, 0 to 0\.5 s",
         ),
     ],
@@ -1531,12 +1551,12 @@ def test_sources_that_do_not_fit_are_refused(condition, source, said) -> None:
 
 def test_the_end_of_a_sound_may_be_brought_alone() -> None:
     model = drift_model("sound")
-    sound = draw(1, 1, 800, key="sound").clamp(-1, 1)
+    sound = draw(1, 1, 8192, key="sound").clamp(-1, 1)
     suffix = Suffix(modality="audio", seconds=0.25)
     found = []
-    for brought in (sound, sound[..., 600:]):
+    for brought in (sound, sound[..., 6144:]):
         request = ClipRequest(
-            ("a",), conditions=(suffix,), sources=(Source(sound_BZM=brought, sample_rate=800),)
+            ("a",), conditions=(suffix,), sources=(Source(sound_BZM=brought, sample_rate=8192),)
         )
         task, _ = task_of(model, request, Sampling())
         found.append(task.clean.clean["audio"][:, -1:])

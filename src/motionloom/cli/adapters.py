@@ -18,7 +18,8 @@ from motionloom.config import Recipe, load_recipe
 from motionloom.errors import UserError
 from motionloom.parallel import Ranks
 from motionloom.rng import torch_generator
-from motionloom.tokenizers import Tokenizer, load_tokenizer
+from motionloom.tokenizers import Tokenizer, load_audio_tokenizer, load_tokenizer
+from motionloom.tokenizers.audio import AudioTokenizer
 from motionloom.train import checkpoint
 from motionloom.train.checkpoint import Checkpoint
 from motionloom.train.lora import adapter_names, add_lora, base_names, choose_modules, fingerprint
@@ -126,14 +127,31 @@ def _trains(module: nn.Module) -> bool:
     return any(p.requires_grad for p in module.parameters())
 
 
-def same_tokenizer(base: Checkpoint | None, tokenizer: Tokenizer) -> None:
+def same_tokenizer(base: Checkpoint | None, tokenizer: Tokenizer, audio: AudioTokenizer | None) -> None:
     """Raises UserError for latents that the base, a checkpoint of this project, does not know."""
-    if base is None or load_tokenizer(base.folder / "tokenizer").fingerprint() == tokenizer.fingerprint():
+    if base is None:
         return
-    raise UserError(
-        f"the cache was made with another tokenizer than lora.base knows: make it again with "
-        f"tokenizer.name_or_path={base.folder / 'tokenizer'}"
-    )
+    for name in other_tokenizers(base, tokenizer, audio):
+        raise UserError(
+            f"the cache was made with another tokenizer than lora.base knows: make it again with "
+            f"{name}.name_or_path={base.folder / FOLDERS[name]}"
+        )
+
+
+FOLDERS = {"tokenizer": "tokenizer", "audio": "audio_tokenizer"}
+"""Recipe sections of tokenizers, and the folders that checkpoints keep them in."""
+
+
+def other_tokenizers(base: Checkpoint, tokenizer: Tokenizer, audio: AudioTokenizer | None) -> list[str]:
+    """Recipe sections of those tokenizers that are not the checkpoint's; one that it lacks is not another."""
+    found = []
+    if load_tokenizer(base.folder / FOLDERS["tokenizer"]).fingerprint() != tokenizer.fingerprint():
+        found.append("tokenizer")
+    theirs = base.folder / FOLDERS["audio"]
+    known = load_audio_tokenizer(theirs).fingerprint() if theirs.is_dir() else None
+    if audio is not None and known not in (None, audio.fingerprint()):
+        found.append("audio")
+    return found
 
 
 def with_whole_paths(recipe: Recipe) -> Recipe:

@@ -16,7 +16,15 @@ from motionloom.backbones.families import Sizes, SizesNote, recognise
 from motionloom.backbones.growing import with_first_values
 from motionloom.backbones.prediction import Predictor
 from motionloom.backbones.weights import Weights, load_into, open_weights
-from motionloom.cli.adapters import Adapted, adapt, adapted_checkpoint, same_tokenizer, with_whole_paths
+from motionloom.cli.adapters import (
+    FOLDERS,
+    Adapted,
+    adapt,
+    adapted_checkpoint,
+    other_tokenizers,
+    same_tokenizer,
+    with_whole_paths,
+)
 from motionloom.config import Recipe, load_recipe, load_recipe_with_notes, packaged_recipes
 from motionloom.data.cache import Cache
 from motionloom.data.loader import Loader
@@ -253,7 +261,8 @@ def assemble(recipe: Recipe, cache: Cache, ranks: Ranks) -> Parts:
     text_encoder = training_text(recipe, cache)
     plan = build_plan(recipe)
     tokenizer = cache.tokenizer() if cache.has_video else AbsentTokenizer(recipe_spec(recipe))
-    same_tokenizer(adapted_checkpoint(recipe), tokenizer)
+    audio = cache.audio_tokenizer() if recipe.audio.enabled else None
+    same_tokenizer(adapted_checkpoint(recipe), tokenizer, audio)
     start = backbone_start(recipe)
     # Weights that are there go straight to where each rank wants them; only shapes are built before.
     read = {"backbone": start.weights} if start.weights is not None else {}
@@ -274,6 +283,7 @@ def assemble(recipe: Recipe, cache: Cache, ranks: Ranks) -> Parts:
     method = METHODS[recipe.train.method](recipe, backbone, plan, text_encoder)
     notes = [f"train.compile: {obstacle}"] if obstacle else []
     notes += [f"{read[name].where}: {found}" for name, found in loaded.items()]
+    notes += _other_latents(recipe, tokenizer, audio)
     return Parts(
         recipe,
         cache,
@@ -289,8 +299,20 @@ def assemble(recipe: Recipe, cache: Cache, ranks: Ranks) -> Parts:
         start,
         adapted,
         tuple(parts),
-        cache.audio_tokenizer() if recipe.audio.enabled else None,
+        audio,
     )
+
+
+def _other_latents(recipe: Recipe, tokenizer: Tokenizer, audio: AudioTokenizer | None) -> list[str]:
+    """What ``train.init_from`` has never seen: the network must then learn to read anew."""
+    if not recipe.train.init_from:
+        return []
+    base = checkpoint.load(Path(recipe.train.init_from))
+    return [
+        f"{base.folder} was trained on latents of another {name} than the cache's: to go on from what it "
+        f"knows, make the cache with {name}.name_or_path={base.folder / FOLDERS[name]}"
+        for name in other_tokenizers(base, tokenizer, audio)
+    ]
 
 
 def fresh_model(recipe: Recipe, device: torch.device) -> Model:

@@ -88,13 +88,18 @@ def _larger_than_trained(model: Model, prepared: Prepared) -> str:
     patch = math.prod(model.patch)
     alone = prepared.shots if model.shots_alone(len(prepared.shots)) else size[:1]
     tokens = sum(math.prod(model.latent_grid(frames, *size[1:])) for frames in alone) // patch
-    trained = math.prod(model.latent_grid(*usual)) // patch
+    frames, *cells = model.latent_grid(*usual)
+    stories = model.recipe.stories
+    if model.recipe.plan.type == "scenes":
+        # A sample of several shots is as long as they are together, within the recipe's budget.
+        frames = stories.max_latent_frames or frames * max(1, stories.shots or 1, stories.join[1])
+    trained = frames * math.prod(cells) // patch
     if tokens <= trained:
         return ""
     return (
         f"{size[2]}x{size[1]}x{size[0]} is {tokens:,} tokens a clip; this model was trained at "
-        f"{usual_width}x{usual_height}x{usual_frames}, {trained:,} tokens: it takes longer by more than "
-        f"{tokens / trained:.0f} times, and may look worse"
+        f"{usual_width}x{usual_height}x{usual_frames}, {trained:,} tokens at most: it takes longer by more "
+        f"than {tokens / trained:.0f} times, and may look worse"
     )
 
 
