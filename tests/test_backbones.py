@@ -634,7 +634,7 @@ def test_equal_levels_in_one_chunk_are_the_bidirectional_model(kind):
     layout, streams = equal.streams(Chunks(5))
     streams = {
         **streams,
-        "text": replace(streams["text"], level_BN=torch.ones_like(streams["text"].level_BN)),
+        "text": replace(streams["text"], level_BN=torch.zeros_like(streams["text"].level_BN)),
     }
     rule = layout.visibility if kind == "factorized" else full
     assert close(read_video(layout, model(streams, rule)["video"]), whole, 1e-5)
@@ -642,7 +642,7 @@ def test_equal_levels_in_one_chunk_are_the_bidirectional_model(kind):
     layout, streams = equal.streams(Chunks(2))
     streams = {
         **streams,
-        "text": replace(streams["text"], level_BN=torch.ones_like(streams["text"].level_BN)),
+        "text": replace(streams["text"], level_BN=torch.zeros_like(streams["text"].level_BN)),
     }
     assert close(read_video(layout, model(streams, full)["video"]), whole, 1e-5)
     assert not close(read_video(layout, model(streams, layout.visibility)["video"]), whole, 1e-3)

@@ -52,10 +52,17 @@ def sick(found: dict[str, Finding], check: str, mend: str) -> None:
 
 
 def without_downloads(name: str) -> Recipe:
-    """A recipe that comes along; one that begins with published weights on a tiny model of the family."""
+    """A recipe that comes along, without what other commands make first; one that begins with published
+    weights on a tiny model of the family."""
     recipe = load_recipe(name)
+    made_before = [
+        "tokenizer.name_or_path=",
+        "audio.name_or_path=",
+        "text_encoder.name_or_path=",
+        "lora.enabled=false",
+    ]
     if not recipe.model.imported:
-        return recipe
+        return load_recipe(name, made_before)
     family = FAMILIES[recipe.model.type]
     tiny: Any = family.on_meta(family.preset("tiny"))
     own = [
@@ -71,13 +78,7 @@ def without_downloads(name: str) -> Recipe:
         "text_encoder.padding=hidden",
         "text_encoder.max_length=8",
     ]
-    gone = [
-        "model.name_or_path=",
-        "tokenizer.name_or_path=",
-        "text_encoder.name_or_path=",
-        "lora.enabled=false",
-    ]
-    return load_recipe(name, [*own, *gone])
+    return load_recipe(name, [*own, "model.name_or_path=", *made_before])
 
 
 @pytest.mark.parametrize("name", packaged_recipes())
@@ -97,6 +98,34 @@ def test_every_plan_on_every_backbone_is_alive(backbone: str, plan: str) -> None
     assert {f.check for f in findings if f.status == "wrong"} == set()
     skipped = {f.check for f in findings if f.status == "skipped"} - {"latent scale", "cache"}
     assert skipped == set()
+
+
+AUDIO: dict[str, Any] = {"enabled": True, "sample_rate": 8192, "channels": 4, "latents_per_second": 8.0}
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_every_plan_with_sound_is_alive(plan: str) -> None:
+    section = {**PLANS[plan], "modalities": ["video", "audio"]}
+    findings = Doctor(toy_model(plan=section, model={"audio_dim": 12}, audio=AUDIO)).examine()
+    assert {str(f) for f in findings if f.status == "wrong"} == set()
+    (gradients,) = (f for f in findings if f.check == "gradients")
+    assert gradients.seen.startswith("reach all")
+    assert "there is none" not in gradients.seen
+
+
+def test_sound_alone_is_alive_and_has_no_place() -> None:
+    model = toy_model(plan={"modalities": ["audio"]}, model={"audio_dim": 12}, audio=AUDIO)
+    findings = Doctor(model).examine()
+    assert {str(f) for f in findings if f.status == "wrong"} == set()
+    assert {f.check for f in findings if f.status == "skipped"} == {"space", "latent scale", "cache"}
+    (gradients,) = (f for f in findings if f.check == "gradients")
+    assert "for pictures, of which there is none" in gradients.seen
+
+
+def test_sound_that_leaks_across_chunks_is_found() -> None:
+    section = {"type": "chunks", "frames": 1, "window": 1, "modalities": ["video", "audio"]}
+    model = toy_model(plan=section, model={"audio_dim": 12}, audio=AUDIO)
+    sick(wrong(altered(model, lambda streams, _: (streams, full))), "hidden tokens", "a mask is missing")
 
 
 def test_a_model_of_single_images_is_alive() -> None:

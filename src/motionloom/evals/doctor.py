@@ -4,13 +4,13 @@ Every check perturbs one thing that must matter, or one that must not, and looks
 Layers that start at zero are given small values first (``wake``), since a fresh adaLN-Zero network answers 0
 to everything.
 
-Shapes: B batch, F token frames, S cells of a frame, C channels of a token, L text tokens, N video tokens,
-J = L + N.
+Shapes: B batch, F token frames, S cells of a frame, C channels of a token, L text tokens, N tokens that are
+made (those of the sound behind those of the video), J = L + N.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -54,7 +54,10 @@ CAPTIONS = (
     "two large green cats sleep under the very light tree",
 )
 OF_SOUND = ("audio", ".av_", "a2v", "v2a")
-"""In the names of parameters that are idle without a stream of sound (the doctor looks at pictures alone)."""
+"""In the names of parameters that are idle without a stream of sound."""
+HOPS = {1: 1, 2: 3}
+"""How many looks one block takes, by how many streams it makes: beside its own, each looks at the other's,
+which has looked before."""
 TEXT_CHECKS = ("text encoder", "text mask", "text")
 
 
@@ -94,12 +97,11 @@ class Doctor:
 
     def __init__(self, model: Model, cache: Cache | None = None, *, trained: bool = False) -> None:
         self.model, self.cache, self.trained = model, cache, trained
-        self.geometry = self._geometry()
+        self.sample = self._sample()
+        self.main = "video" if "video" in self.sample.tracks else "audio"
+        self.geometry = self.sample.tracks[self.main]
         self.text = model.encode_text(self._captions(0))
-        shape = (1, self.geometry.grid[0], self.geometry.cells, model.token_channels)
-        generator = torch_generator("doctor", "latents")
-        self.x_BFSC = torch.randn(shape, generator=generator).to(model.device)
-        self.other_BFSC = torch.randn(shape, generator=generator).to(model.device)
+        self.x, self.other = self._latents(0), self._latents(1)
         self.base_BFSC = self._answer()
         self._wrong: set[str] = set()
 
@@ -199,6 +201,8 @@ class Doctor:
 
     def space_matters(self) -> Finding:
         """The same cells at twice the distance give another output."""
+        if self.main == "audio":
+            return Finding("space", "skipped", "sound has no place in a picture")
         down, right = self.geometry.pixels_per_cell
         wider = replace(self.geometry, pixels_per_cell=(2 * down, 2 * right))
         change = self._change(self._answer(geometry=wider, apart=(1, 2, 2)))
@@ -209,7 +213,7 @@ class Doctor:
         """A given frame changes what is made of the others."""
         if self.geometry.grid[0] < 2:
             return Finding("given frames", "skipped", "there is one frame")
-        a, b = (self._answer(first=clean)[:, 1:] for clean in (self.x_BFSC, self.other_BFSC))
+        a, b = (self._answer(first=clean)[:, 1:] for clean in (self.x, self.other))
         change = _rms(a - b) / max(_rms(a), 1e-12)
         return _must_matter("given frames", change, "the given frame", "let later tokens see the given ones")
 
@@ -219,16 +223,16 @@ class Doctor:
         if self.geometry.grid[0] < 2:
             return Finding(check, "skipped", "there is one frame")
         layout = self._layout(self.text, self._first())
-        video = self._streams(layout, self.other_BFSC, 0.5, self.text)["video"]
+        stream = self._streams(layout, self.other, 0.5, self.text)[self.main]
 
         def of_frame(t_BN: Tensor) -> Tensor:
             # The context copies of teacher forcing stand in front; the clip is the tail.
-            return t_BN.unflatten(1, (video.grid[0], -1))[:, -self.geometry.grid[0]]
+            return t_BN.unflatten(1, (stream.grid[0], -1))[:, -self.geometry.grid[0]]
 
         mend = "build streams with plans.to_streams, which copies given tokens"
-        if not torch.equal(of_frame(video.x_BNC), self.other_BFSC[:, 0]):
+        if not torch.equal(of_frame(stream.x_BNC), self.other[self.main][:, 0]):
             return Finding(check, "wrong", "they change on the way in", mend)
-        if of_frame(video.sigma_BN).any() or of_frame(video.loss_BN).any():
+        if of_frame(stream.sigma_BN).any() or of_frame(stream.loss_BN).any():
             return Finding(check, "wrong", "they have a noise level or count in the loss", mend)
         return Finding(check, "ok", "bit-identical, at noise level 0, not in the loss")
 
@@ -239,17 +243,18 @@ class Doctor:
         first block alone against the visibility itself, which many layers wash out.
         """
         layout = self._layout(self.text)
-        streams = self._streams(layout, self.x_BFSC, 0.5, self.text)
-        joined = join_attributes([streams["text"].attributes, streams["video"].attributes])
+        streams = self._streams(layout, self.x, 0.5, self.text)
+        joined = join_attributes([stream.attributes for stream in streams.values()])
         sees_JJ = layout.visibility.allows(joined.queries(), joined.keys())[0]
         sees_JJ = sees_JJ | torch.eye(len(sees_JJ), dtype=torch.bool, device=sees_JJ.device)
         words = streams["text"].grid[2]
         if sees_JJ[words:].all():
-            return Finding("hidden tokens", "ok", "this plan hides nothing from the video")
+            return Finding("hidden tokens", "ok", "this plan hides nothing from what is made")
+        block_JJ = torch.linalg.matrix_power(sees_JJ.float(), HOPS[len(layout.tracks)]) > 0
         with torch.no_grad():
             leak = self._leak(streams, layout, _reach(sees_JJ)[words:])
             with self._first_block_alone():
-                leak = max(leak, self._leak(streams, layout, sees_JJ[words:]))
+                leak = max(leak, self._leak(streams, layout, block_JJ[words:]))
         if leak > NO_CHANGE:
             mend = "a mask is missing somewhere: compare the backbone with plans.dense_mask"
             return Finding("hidden tokens", "wrong", f"one changes the output by {leak:.2g}", mend)
@@ -267,8 +272,8 @@ class Doctor:
             for path, parameter in module.named_parameters()
         }
         dead = self._without_gradient(named)
-        # A published network of sound and pictures trains as well where there is no sound: half of it rests.
-        resting = [name for name in dead if any(mark in name for mark in OF_SOUND)]
+        # A network of sound and pictures trains as well where one of them is not there: half of it rests.
+        resting = [name for name in dead if self._rests(name)]
         dead = [name for name in dead if name not in resting]
         if dead:
             shown = ", ".join(dead[:3]) + (f" and {len(dead) - 3} more" if len(dead) > 3 else "")
@@ -277,8 +282,17 @@ class Doctor:
                 mend = f"set requires_grad on them ({len(frozen)} are frozen), or do not call them trained"
             seen = f"{len(dead)} of {len(named)} parameters get none: {shown}"
             return Finding("gradients", "wrong", seen, mend)
-        rest = f"; {len(resting)} are for sound, of which there is none" if resting else ""
+        lacks = "pictures" if self.main == "audio" else "sound"
+        rest = f"; {len(resting)} are for {lacks}, of which there is none" if resting else ""
         return Finding("gradients", "ok", f"reach all {len(named) - len(resting)} parameters{rest}")
+
+    def _rests(self, name: str) -> bool:
+        """Whether a parameter may be idle, since its modality is not there."""
+        if len(self.sample.tracks) > 1:
+            return False
+        of_sound = any(mark in name for mark in OF_SOUND)
+        crosses = ".av_" in name or "a2v" in name or "v2a" in name or "cross" in name
+        return of_sound if self.main == "video" else not of_sound or crosses
 
     def _without_gradient(self, named: dict[str, nn.Parameter]) -> list[str]:
         """Names of the parameters that the output's size does not depend on."""
@@ -289,7 +303,8 @@ class Doctor:
             else:
                 text = self._noise_where(torch.ones_like(self.text.valid_BL[..., None]))
             layout = self._layout(text)
-            loss = self._predict(layout, self._streams(layout, self.x_BFSC, 0.5, text)).square().mean()
+            answers = self._predict(layout, self._streams(layout, self.x, 0.5, text))
+            loss = torch.stack([answer.square().mean() for answer in answers.values()]).sum()
             if not loss.requires_grad:
                 return list(named)
             gradients = torch.autograd.grad(loss, wanted, allow_unused=True)
@@ -342,7 +357,7 @@ class Doctor:
         """Whether gradients should reach the text encoder; not while text does not get through anyway."""
         return self.model.text_encoder.trainable and not self._wrong.intersection(TEXT_CHECKS)
 
-    def _geometry(self) -> Geometry:
+    def _sample(self) -> Sample:
         """A small clip of this recipe's kind, in two scenes: plans without scenes do not mind."""
         spec, patch = self.model.tokenizer.spec, self.model.patch
         latent_frames = spec.latent_grid(self.model.clip_shape[0], spec.spatial, spec.spatial)[0]
@@ -354,35 +369,48 @@ class Doctor:
             rest = spec.pixel_frames(scenes[1]) if alone else spec.pixel_frames(sum(scenes)) - shots[0]
             shots.append(rest)
         side = SIDE * spec.spatial
-        return self.model.geometry(shots, side * patch[1], side * patch[2], self.model.fps, batch=1)
+        return self.model.sample(shots, side * patch[1], side * patch[2], self.model.fps, batch=1)
+
+    def _latents(self, which: int) -> dict[str, Tensor]:
+        found, audio = {}, self.model.audio_tokenizer
+        for modality, geometry in self.sample.tracks.items():
+            channels = self.model.token_channels
+            if modality == "audio":
+                assert audio is not None
+                channels = audio.spec.channels
+            shape = (2, 1, geometry.grid[0], geometry.cells, channels)
+            generator = torch_generator("doctor", "latents", *([] if modality == "video" else [modality]))
+            found[modality] = torch.randn(shape, generator=generator)[which].to(self.model.device)
+        return found
 
     def _first(self) -> Given:
         """The first frame given."""
         index_N = torch.arange(self.geometry.tokens, device=self.model.device)
-        return Given({"video": exactly((index_N < self.geometry.cells)[None])})
+        return Given({self.main: exactly((index_N < self.geometry.cells)[None])})
 
     def _layout(self, text: Text, given: Given = NOTHING, geometry: Geometry | None = None) -> Layout:
-        sample = Sample({"video": geometry or self.geometry}, fps=self.model.fps)
-        return self.model.plan.layout(sample, text, given)
+        tracks = {**self.sample.tracks, self.main: geometry or self.geometry}
+        return self.model.plan.layout(replace(self.sample, tracks=tracks), text, given)
 
-    def _streams(self, layout: Layout, clean_BFSC: Tensor, sigma: float, text: Text) -> Streams:
-        """What is made at ``x_BFSC``, what is given of ``clean_BFSC``."""
-        track = layout.tracks["video"]
-        sigma_BD = torch.full((1, track.num_draws), sigma, device=self.model.device)
-        x, levels = {"video": self.x_BFSC}, {"video": track.sigmas(sigma_BD)}
-        return to_streams_at(layout, Values({"video": clean_BFSC}), x, x, levels, text, LINEAR.mix)
+    def _streams(self, layout: Layout, clean: Mapping[str, Tensor], sigma: float, text: Text) -> Streams:
+        """What is made at ``x``, what is given of ``clean``."""
+        levels = {
+            m: track.sigmas(torch.full((1, track.num_draws), sigma, device=self.model.device))
+            for m, track in layout.tracks.items()
+        }
+        return to_streams_at(layout, Values(clean), self.x, self.x, levels, text, LINEAR.mix)
 
-    def _predict(self, layout: Layout, streams: Streams) -> Tensor:
-        """The network's own answer (B, N, C): as a velocity it would depend on sigma, whatever the network
+    def _predict(self, layout: Layout, streams: Streams) -> dict[str, Tensor]:
+        """The network's own answers (B, N, C): as velocities they would depend on sigma, whatever the network
         made of it."""
-        return self.model.predictor.backbone(streams, layout.visibility)["video"]
+        return self.model.predictor.backbone(streams, layout.visibility)
 
     @torch.no_grad()
     def _answer(
         self,
         sigma: float = 0.5,
         text: Text | None = None,
-        first: Tensor | None = None,
+        first: Mapping[str, Tensor] | None = None,
         geometry: Geometry | None = None,
         apart: tuple[int, int, int] = (1, 1, 1),
     ) -> Tensor:
@@ -394,10 +422,11 @@ class Doctor:
         """
         text = self.text if text is None else text
         layout = self._layout(text, NOTHING if first is None else self._first(), geometry)
-        streams = self._streams(layout, self.x_BFSC if first is None else first, sigma, text)
-        video = streams["video"]
-        cells = replace(video, cell_BN3=video.cell_BN3 * torch.tensor(apart, device=video.cell_BN3.device))
-        return read_clip(layout, "video", self._predict(layout, {**streams, "video": cells}))
+        streams = self._streams(layout, self.x if first is None else first, sigma, text)
+        stream = streams[self.main]
+        cell_BN3 = stream.cell_BN3 * torch.tensor(apart, device=stream.cell_BN3.device)
+        answers = self._predict(layout, {**streams, self.main: replace(stream, cell_BN3=cell_BN3)})
+        return read_clip(layout, self.main, answers[self.main])
 
     def _noise_where(self, where_BL1: Tensor) -> Text:
         """The caption with noise in the place of some embeddings."""
@@ -405,12 +434,12 @@ class Doctor:
         return replace(self.text, x_BLC=torch.where(where_BL1, noise.to(self.text.x_BLC), self.text.x_BLC))
 
     def _leak(self, streams: Streams, layout: Layout, sees_NJ: Tensor) -> float:
-        """The largest change of a video token by one that it should not know of, relative to the output."""
-        base_BNC = self._predict(layout, streams)
-        words, worst = streams["text"].grid[2], 0.0
-        for modality, hidden_NK in zip(
-            ("text", "video"), (~sees_NJ).tensor_split([words], dim=1), strict=True
-        ):
+        """The largest change of a token that is made by one that it should not know of, relative to its
+        modality's output."""
+        base = self._predict(layout, streams)
+        worst = 0.0
+        lengths = [stream.x_BNC.shape[1] for stream in streams.values()]
+        for modality, hidden_NK in zip(streams, (~sees_NJ).split(lengths, dim=1), strict=True):
             stream = streams[modality]
             if stream.valid_BN is not None:
                 hidden_NK = hidden_NK & stream.valid_BN
@@ -418,10 +447,15 @@ class Doctor:
             for key in keys[torch.linspace(0, len(keys) - 1, min(KEYS, len(keys))).long()].tolist():
                 x_BKC = stream.x_BNC.clone()
                 x_BKC[:, key] += 1.0
-                changed = {**streams, modality: replace(stream, x_BNC=x_BKC)}
-                difference_N = (self._predict(layout, changed) - base_BNC).abs().amax(dim=(0, 2))
+                found = self._predict(layout, {**streams, modality: replace(stream, x_BNC=x_BKC)})
+                difference_N = torch.cat(
+                    [
+                        (found[m] - base[m]).abs().amax(dim=(0, 2)) / max(_rms(base[m]), 1e-12)
+                        for m in layout.tracks
+                    ]
+                )
                 worst = max(worst, float(difference_N[hidden_NK[:, key]].max()))
-        return worst / max(_rms(base_BNC), 1e-12)
+        return worst
 
     @contextmanager
     def _first_block_alone(self) -> Iterator[None]:

@@ -247,7 +247,8 @@ def _reference_geometry(model: Model, sample: Sample, source: Source, modality: 
     if modality == "audio":
         assert source.sound_BZM is not None
         seconds = source.sound_BZM.shape[-1] / source.sample_rate
-        return model.sound_geometry([round(seconds * fps)], fps, sample.batch)
+        # In frames of a second, so that its latents are those of its own length.
+        return model.sound_geometry([seconds], 1.0, sample.batch)
     if source.video_BPHW3 is None:
         raise UserError("reference: its source has no pixels: name one that has")
     frames, height, width = source.video_BPHW3.shape[1:4]

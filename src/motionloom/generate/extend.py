@@ -214,18 +214,7 @@ def _remembering(
         token_N = (frame_W[:, None] * cells + torch.arange(cells, device=device)).flatten()
         marks = replace(marks, kind_BN=marks.kind_BN[:, token_N])
     known_1N = known_W.repeat_interleave(cells)[None]
-    if noise == 0:
-        return marks.and_exactly(known_1N)
-    count = len(marks.kinds)
-    noise_BG = marks.noise_BG
-    if noise_BG is None:
-        noise_BG = torch.zeros(1, count, device=device)
-    level_B1 = torch.full_like(noise_BG[:, :1] if count else torch.zeros(1, 1, device=device), noise)
-    return Marks(
-        (*marks.kinds, Kind(1.0, 1.0 - noise)),
-        torch.where(known_1N, count + 1, marks.kind_BN),
-        torch.cat([noise_BG.expand(len(level_B1), -1), level_B1], dim=1),
-    )
+    return marks.and_given(known_1N, Kind(1.0, 1.0 - noise))
 
 
 # Extension

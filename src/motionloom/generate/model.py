@@ -130,8 +130,8 @@ class Model:
             scenes=len(shots),
         )
 
-    def sound_geometry(self, shots: Sequence[int], fps: float, batch: int) -> Geometry:
-        """The token geometry of the sound that lasts as long as the shots.
+    def sound_geometry(self, shots: Sequence[float], fps: float, batch: int) -> Geometry:
+        """The token geometry of the sound that lasts as long as the shots, in pixel frames.
 
         Raises:
             UserError: the model has no audio tokenizer.

@@ -24,6 +24,7 @@ from motionloom.errors import UserError
 from motionloom.flow import PATHS, SOLVERS, DiscreteSchedule, Guidance, Pass, sigma_schedule
 from motionloom.nn.cache import KVCache
 from motionloom.plans import (
+    EXACT,
     NOTHING,
     Given,
     Layout,
@@ -302,7 +303,7 @@ def _given_now(sample: Sample, given: Given, stage: Stage) -> Given:
         done_F[frames] = True
         nothing = Marks((), torch.zeros(1, geometry.tokens, dtype=torch.long, device=geometry.device))
         before = marks.get(modality, nothing)
-        marks[modality] = before.and_exactly(before.made_BN & geometry.per_token(done_F[None]))
+        marks[modality] = before.and_given(before.made_BN & geometry.per_token(done_F[None]), EXACT)
     return replace(given, marks=marks)
 
 

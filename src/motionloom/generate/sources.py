@@ -69,15 +69,14 @@ def source_values(
     device = sample.main.device
     clean = {m: _nothing(coders, geometry, m) for m, geometry in sample.tracks.items()}
     references: dict[str, list[Tensor]] = {}
-    pairs = sorted(
-        zip(conditions.all, sources, strict=True), key=lambda pair: Kind(pair[0].strength, 1 - pair[0].noise)
-    )
+    pairs = list(zip(conditions.all, sources, strict=True))
     for condition, source in pairs:
-        kind: str = condition.type
-        for m in _brought(condition, source, sample):
-            if kind == "reference":
+        if condition.type == "reference":
+            for m in _brought(condition, source, sample):
                 references.setdefault(m, []).append(encode_reference(coders, source, m).to(device))
-                continue
+    # What holds is written last.
+    for condition, source in sorted(pairs, key=lambda pair: Kind(pair[0].strength, 1 - pair[0].noise)):
+        for m in _brought(condition, source, sample) if condition.type != "reference" else ():
             where_BFS = region(condition, sample, m, Draws(None, sample.batch, device))
             x_BFSC = _encode(coders, condition, source, sample, where_BFS, shots, m)
             clean[m] = torch.where(where_BFS[..., None], x_BFSC.to(device), clean[m])

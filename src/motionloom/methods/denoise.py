@@ -87,9 +87,9 @@ class Denoise:
         """Weighted mean squared velocity error of each sample over its counted tokens.
 
         Of several modalities each has a mean of its own; they are added by the weights of the plan. A sample
-        with nothing to learn (a silent clip whose film is given) has loss 0, and ``nothing_to_learn`` in the
-        logs is their share of the batch; ``given_whole`` is the share that the draw of conditions had left
-        nothing of, and that is therefore made whole.
+        that the draw of conditions leaves nothing of is made whole, a silent clip whose film was given among
+        them: ``given_whole`` in the logs is their share of the batch. ``nothing_to_learn`` is the share of
+        samples without any token that counts, whose loss is 0.
 
         Raises:
             UserError: the cache holds no text embeddings and no text encoder is trained, or the conditions

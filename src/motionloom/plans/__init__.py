@@ -26,6 +26,7 @@ from motionloom.plans.visibility import (
     same_scene,
     same_scene_or_both_video,
     scene_summaries,
+    separate_references,
     spatial_window,
 )
 

@@ -166,8 +166,9 @@ def beside(target: Geometry, reference: Geometry) -> Geometry:
     seconds_BF = reference.seconds_BF
     if target.span_BF2 is not None and reference.span_BF2 is not None:
         late_B1 = _late(reference, target)
-        moved_BF = (reference.span_BF2 - late_B1[..., None]).clamp_min(0).mean(dim=-1)
-        seconds_BF = torch.where(late_B1 == 0, seconds_BF, moved_BF)
+        # By how much, since a plan may have set the scenes apart already.
+        moved_BF2 = (reference.span_BF2 - late_B1[..., None]).clamp_min(0) - reference.span_BF2
+        seconds_BF = torch.where(late_B1 == 0, seconds_BF, seconds_BF + moved_BF2.mean(dim=-1))
     return replace(reference, pixels_per_cell=(scale[0], scale[1]), seconds_BF=seconds_BF)
 
 

@@ -36,7 +36,7 @@ class Marks:
     """What of one modality is given."""
 
     kinds: tuple[Kind, ...]
-    """From weak to strong. The same for all samples, whatever was drawn."""
+    """The same for all samples, whatever was drawn."""
     kind_BN: Tensor
     """int64 (B or 1, N): 0 is made, i > 0 is given as ``kinds[i - 1]``."""
     noise_BG: Tensor | None = None
@@ -52,14 +52,18 @@ class Marks:
         """Of some of the tokens."""
         return Marks(self.kinds, self.kind_BN[:, tokens], self.noise_BG)
 
-    def and_exactly(self, given_BN: Tensor) -> Marks:
-        """And these to the bit."""
-        if EXACT not in self.kinds:
-            noise_BG = self.noise_BG
-            if noise_BG is not None:
-                noise_BG = torch.cat([noise_BG, torch.zeros_like(noise_BG[:, :1])], dim=1)
-            return Marks((*self.kinds, EXACT), self.kind_BN, noise_BG).and_exactly(given_BN)
-        return Marks(self.kinds, torch.where(given_BN, len(self.kinds), self.kind_BN), self.noise_BG)
+    def and_given(self, given_BN: Tensor, kind: Kind) -> Marks:
+        """And these as ``kind``, whatever else they were given as."""
+        if kind in self.kinds:
+            index = self.kinds.index(kind) + 1
+            return Marks(self.kinds, torch.where(given_BN, index, self.kind_BN), self.noise_BG)
+        noise_BG = self.noise_BG
+        if noise_BG is not None or kind.noise > 0:
+            if noise_BG is None:
+                noise_BG = torch.zeros(1, len(self.kinds), device=self.kind_BN.device)
+            more_B1 = torch.full((len(noise_BG), 1), kind.noise, device=noise_BG.device)
+            noise_BG = torch.cat([noise_BG, more_B1], dim=1)
+        return Marks((*self.kinds, kind), self.kind_BN, noise_BG).and_given(given_BN, kind)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ Shapes: Z scenes; the rest in ``layout.py``. Scenes may have any lengths; ``Geom
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -60,7 +59,7 @@ class Scenes:
         return nothing_moves(sample)
 
     def layout(self, sample: Sample, text: Text, given: Given) -> Layout:
-        placed = replace(sample, tracks=self._placed(sample.tracks))
+        placed = self._placed(sample)
         found = tracks(placed, given, self.audio_loss, self._made)
         levels_BL = word_levels(text, found["video" if "video" in found else "audio"])
         return Layout(rule(VISIBILITIES[self.visibility], text, found), found, levels_BL)
@@ -70,38 +69,49 @@ class Scenes:
             return at_once(geometry)
         return replace(at_once(geometry), draws=geometry.scenes, draw_BF=geometry.scene_BF)
 
-    def _placed(self, all_of: Mapping[str, Geometry]) -> dict[str, Geometry]:
-        """Every modality moved alike, so that sound stays with its picture."""
-        if self.positions == "continuous" or all(g.scenes == 1 for g in all_of.values()):
-            return dict(all_of)
-        main = all_of["video" if "video" in all_of else "audio"]
+    def _placed(self, sample: Sample) -> Sample:
+        """Every modality moved alike, so that sound and references stay with their picture."""
+        main = sample.main
+        if self.positions == "continuous" or main.scenes == 1:
+            return sample
         frame_B1 = frame_seconds(main)[:, None]
-        return {m: self._moved(geometry, main, frame_B1) for m, geometry in all_of.items()}
 
-    def _moved(self, geometry: Geometry, main: Geometry, frame_B1: Tensor) -> Geometry:
+        def moved(geometry: Geometry, beside: Geometry) -> Geometry:
+            return self._moved(geometry, beside, main, frame_B1)
+
+        return replace(
+            sample,
+            tracks={m: moved(geometry, geometry) for m, geometry in sample.tracks.items()},
+            references={
+                m: tuple(moved(one, sample.tracks[m]) for one in all_of) if m in sample.tracks else all_of
+                for m, all_of in sample.references.items()
+            },
+        )
+
+    def _moved(self, geometry: Geometry, beside: Geometry, main: Geometry, frame_B1: Tensor) -> Geometry:
+        """Args: ``beside``: the track whose frames it counts its own by: itself, or a reference's target."""
         if self.positions == "reset":
-            begin_BF, index_BF = _scene_begins(geometry, main)
+            begin_BF = _at_scene(main, _spans(main)[..., 0], geometry.scene_BF)
+            index_BF = _at_scene(beside, _frame_numbers(beside), geometry.scene_BF)
             return replace(geometry, seconds_BF=geometry.seconds_BF - begin_BF, jump_BF=-index_BF)
         later_B1 = self.jump * frame_B1 if self.positions == "jump" else torch.full_like(frame_B1, self.gap)
         later_BF = geometry.scene_BF * later_B1
-        jump_BF = later_BF / frame_seconds(geometry)[:, None]
+        jump_BF = later_BF / frame_seconds(beside)[:, None]
         return replace(geometry, seconds_BF=geometry.seconds_BF + later_BF, jump_BF=jump_BF)
 
 
-def _scene_begins(geometry: Geometry, main: Geometry) -> tuple[Tensor, Tensor]:
-    """Seconds, by the main modality, and index, by its own, at which the scene of each frame begins."""
-    assert main.span_BF2 is not None
-    begins = []
-    for of, values in ((main, main.span_BF2[..., 0]), (geometry, _frame_numbers(geometry))):
-        later = torch.finfo(torch.float32).max
-        batch = max(len(of.scene_BF), len(values))
-        scene_BF, values = of.scene_BF.expand(batch, -1), values.expand(batch, -1)
-        first_BZ = torch.full((batch, geometry.scenes), later, device=geometry.device)
-        begins.append(first_BZ.scatter_reduce(1, scene_BF, values, "amin"))
-    seconds_BZ, index_BZ = begins
-    batch = max(len(seconds_BZ), len(index_BZ), len(geometry.scene_BF))
-    scene_BF = geometry.scene_BF.expand(batch, -1)
-    return tuple(t.expand(batch, -1).gather(1, scene_BF) for t in (seconds_BZ, index_BZ))  # type: ignore[return-value]
+def _at_scene(of: Geometry, value_BF: Tensor, scene_BN: Tensor) -> Tensor:
+    """(B or 1, N): the value of the first frame of ``of`` in each of these scenes."""
+    batch = max(len(of.scene_BF), len(value_BF), len(scene_BN))
+    scene_BF, value_BF = of.scene_BF.expand(batch, -1), value_BF.expand(batch, -1)
+    far = torch.full((batch, of.scenes), torch.finfo(torch.float32).max, device=of.device)
+    first_BZ = far.scatter_reduce(1, scene_BF, value_BF, "amin")
+    return first_BZ.gather(1, scene_BN.expand(batch, -1))
+
+
+def _spans(geometry: Geometry) -> Tensor:
+    assert geometry.span_BF2 is not None, "scenes are set apart by when their frames begin"
+    return geometry.span_BF2
 
 
 def _frame_numbers(geometry: Geometry) -> Tensor:

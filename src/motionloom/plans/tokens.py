@@ -205,9 +205,16 @@ def _optional(facts: list[_Facts], track: Track) -> _Facts:
         )
     jump_BF = track.geometry.jump_BF
     if jump_BF is not None:
-        still = [torch.zeros(1, length, device=jump_BF.device) for length in lengths[:-1]]
-        found["jump_BN"] = _end_to_end([*still, track.geometry.per_token(jump_BF[:, track.frame_T])])
+        jumps = [_jump(reference) for reference in track.references]
+        found["jump_BN"] = _end_to_end([*jumps, track.geometry.per_token(jump_BF[:, track.frame_T])])
     return found
+
+
+def _jump(reference: Geometry) -> Tensor:
+    """(B or 1, R) float32."""
+    if reference.jump_BF is None:
+        return torch.zeros(1, reference.tokens, device=reference.device)
+    return reference.per_token(reference.jump_BF)
 
 
 def _present(geometry: Geometry) -> Tensor:

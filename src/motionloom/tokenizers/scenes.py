@@ -46,7 +46,7 @@ def scene_spans(spec: TokenizerSpec, scene_frames: Sequence[int], fps: float) ->
 
 
 def scene_sound(
-    spec: AudioTokenizerSpec, scene_frames: Sequence[int], fps: float
+    spec: AudioTokenizerSpec, scene_frames: Sequence[float], fps: float
 ) -> tuple[list[int], Tensor, Tensor]:
     """The sound of the same shots, each encoded alone as its frames are and begun with them.
 
