@@ -45,7 +45,7 @@ def test_references_stand_in_the_order_of_the_request_whatever_their_noise(noise
 def test_a_sound_that_is_referred_to_may_have_any_length(seconds: float) -> None:
     audio = {"enabled": True, "sample_rate": 4000, "channels": 4, "latents_per_second": 10.0}
     plan = {"type": "text_to_video", "modalities": ["video", "audio"]}
-    model = toy_model("joint", audio=audio, model={"audio_dim": 24}, **{"plan": plan})
+    model = toy_model("joint", audio=audio, model={"audio_dim": 24}, plan=plan)
     sound = torch.rand(1, 1, round(4000 * seconds), generator=torch_generator("sound")) * 2 - 1
     request = ClipRequest(
         ("x",),

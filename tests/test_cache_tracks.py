@@ -170,7 +170,9 @@ def test_sound_that_ends_early_is_followed_by_silence(tmp_path: Path) -> None:
 
 def test_sound_alone_is_sorted_by_its_length(tmp_path: Path) -> None:
     settings = recipe(
-        bucketing={"enabled": True, "buckets": [(32, 32)], "frames": [5, 9]}, train={"batch_size": 2}
+        bucketing={"enabled": True, "buckets": [(32, 32)], "frames": [5, 9]},
+        train={"batch_size": 2},
+        plan={"modalities": ["audio"]},
     )
     entries = []
     for key, seconds in enumerate((2.0, 1.2, 0.7, 0.65, 0.2)):
@@ -192,6 +194,8 @@ def test_sound_alone_is_sorted_by_its_length(tmp_path: Path) -> None:
         assert set(batch.latents) == {"audio"}
         assert batch.latents["audio"].x_BFHWC.shape[1:] in ((10, 1, 1, 8), (18, 1, 1, 8))
     assert sum(line.clips for line in loader.report()) == 4
+    with pytest.raises(UserError, match="no clip can be used: all are sound alone"):
+        Loader(cache, recipe(bucketing=settings.bucketing.model_dump()))
     again = build_cache(settings, entries, tmp_path / "cache")
     assert (again.encoded, again.kept) == (0, 4)
     with pytest.raises(UserError, match="holds sound alone"):
@@ -212,6 +216,62 @@ def test_sound_alone_beside_clips_waits_for_a_recipe_that_hears(tmp_path: Path) 
     assert set(loader.batch(0).latents) == {"video"}
     report = build_cache(deaf, [world[0], alone], tmp_path / "deaf")
     assert "audio.enabled" in str(report.skipped.items[0])
+
+
+@pytest.mark.parametrize(
+    ("modalities", "used", "dropped"),
+    [
+        (["video", "audio"], {"clip000", "clip001", "silent"}, {"sound-9": 2}),
+        (["video"], {"clip000", "clip001", "silent"}, {"sound-9": 2}),
+        (["audio"], {"clip000", "clip001", "alone0", "alone1"}, {"32x32x9": 1}),
+    ],
+)
+def test_the_plan_says_which_clips_of_a_mixed_cache_are_used(
+    modalities: list[str], used: set[str], dropped: dict[str, int], tmp_path: Path
+) -> None:
+    world = sounding(tmp_path, 3)
+    world[2] = replace(world[2], id="silent", audio=None)
+    world += [ManifestEntry(f"alone{k}", tmp_path / f"clip00{k}.wav", "a sound") for k in range(2)]
+    settings = recipe(plan={"modalities": modalities}, train={"batch_size": 1})
+    build_cache(settings, world, tmp_path / "cache")
+    loader = Loader(open_cache(tmp_path / "cache"), settings)
+    batches = [loader.batch(n) for n in range(12)]
+    assert {id_ for batch in batches for id_ in batch.ids} == used
+    assert all(set(modalities) <= set(batch.latents) for batch in batches)
+    lost = [line for line in loader.report() if line.dropped]
+    assert {line.shape: line.dropped for line in lost} == dropped
+    assert all("plan.modalities" in line.why for line in lost)
+    # The split is drawn among what is used: each side has some of it, whatever else there is.
+    held = recipe(plan={"modalities": modalities}, train={"batch_size": 1, "heldout_fraction": 1e-9})
+    sides = [Loader(open_cache(tmp_path / "cache"), held, split=split) for split in ("train", "heldout")]
+    assert [side.clips for side in sides] == [len(used) - 1, 1]
+
+
+@pytest.mark.parametrize("beside", ["audio", "reference", "mask"])
+def test_what_stands_beside_is_part_of_the_fingerprint(beside: str, tmp_path: Path) -> None:
+    world = sounding(tmp_path, 2)
+    pictures = [
+        write_video(tmp_path / f"{k}.png", np.full((1, 32, 32, 3), 255 * k, np.uint8), FPS) for k in range(2)
+    ]
+    if beside != "audio":
+        world = [replace(entry, **{beside: pictures[0]}) for entry in world]
+    settings = recipe(
+        audio={"enabled": beside == "audio"},
+        references={"enabled": beside == "reference"},
+        masks={"enabled": beside == "mask"},
+    )
+
+    def fingerprint(entries: list[ManifestEntry]) -> str:
+        build_cache(settings, entries, tmp_path / "cache")
+        return Loader(open_cache(tmp_path / "cache"), settings).fingerprint()
+
+    first = fingerprint(world)
+    assert fingerprint(world) == first
+    other = world[1].audio if beside == "audio" else pictures[1]
+    assert fingerprint([replace(world[0], **{beside: other}), world[1]]) != first
+    assert fingerprint(world) == first
+    if beside == "reference":
+        assert fingerprint([replace(world[0], reference_caption="a sea"), world[1]]) != first
 
 
 def test_a_cache_without_sound_is_not_mixed_with_one_that_has_it(tmp_path: Path) -> None:

@@ -1283,7 +1283,7 @@ DRIFT: dict[str, dict[str, Any]] = {
     },
     "reference": {
         "conditions": [
-            {"type": "reference", "caption": "what it shows", "noise": 0.2},
+            {"type": "reference", "noise": 0.2},
             {"type": "mask", "masks": "data"},
         ]
     },
@@ -1367,6 +1367,8 @@ def request_of(name: str, model: Model) -> tuple[ClipRequest, tuple[int, ...]]:
         whole = replace(whole, sound_BZM=draw(2, 1, 8192, key="sound").clamp(-1, 1), sample_rate=8192)
     sources = [whole] * len(conditions)
     if name == "reference":
+        # A request may say what its reference shows; training has no words for that.
+        conditions = (conditions[0].model_copy(update={"caption": "what it shows"}), *conditions[1:])
         sources = [BESIDE, replace(whole, mask_BFhw=draw(2, 4, 4, 6, key="mask") > 0.5)]
     request = ClipRequest(
         ("a red circle", "two blue cats"),

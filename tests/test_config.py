@@ -404,7 +404,7 @@ def test_what_is_no_recipe_file_is_said_so(tmp_path):
     assert "too large for a recipe (2,000,000 bytes)" in refusal(clip)
     assert "is a folder" in refusal(tmp_path)
     assert "no such recipe file" in refusal(tmp_path / "absent.yaml")
-    assert "MotionLoom brings causal, clips" in refusal("zzzz")
+    assert f"MotionLoom brings {', '.join(sorted(packaged_recipes()))}" in refusal("zzzz")
 
 
 # ---- there and back
@@ -425,6 +425,118 @@ def test_dump_round_trips_awkward_values(write):
     assert load_recipe(write(text)) == recipe
     assert "Bär" in text
     assert "buckets: [[64, 32], [32, 64]]" in text
+
+
+# ---- conditions that could never hold
+
+SHAPE = [
+    "video={width: 32, height: 24, num_frames: 17, fps: 8}",
+    "tokenizer={latent_f: 8, latent_t: 4, first_alone: true}",
+    "model={type: joint, dim: 48, num_heads: 2, audio_dim: 48}",
+    "references.enabled=true",
+]
+"""Clips of 1 + 4 x 4 frames, that is of five token frames of 3 x 4 cells."""
+SOUND = ["audio.enabled=true", "plan.modalities=[video, audio]"]
+
+NEVER = [
+    ("{type: first_frame, source: dog.png}", "[0].source is a request's"),
+    ("{type: mask, mask: m.png}", "[0].mask is a request's"),
+    ("{type: mask, made: [[0, 1]]}", "[0].made is a request's"),
+    ("{type: reference, caption: a cat}", "[0].caption is a request's"),
+    ("{type: first_frame, probability: 0}", "[0].probability is 0, so it never holds: raise it"),
+    (
+        "{type: prefix, frames: 40}",
+        "[0].frames 40 is longer than the clip, 17 frames (2.125 s): use at most 16",
+    ),
+    ("{type: prefix, frames: [5, 40]}", "is longer than the clip, 17 frames (2.125 s): use at most 16"),
+    ("{type: prefix, frames: 17}", "[0].frames 17 gives all of the clip, 17 frames (2.125 s)"),
+    ("{type: suffix, seconds: 9}", "[0].seconds 9.0 is longer than the clip"),
+    ("{type: suffix, frames: [1, 3]}", "[0].frames [1, 3] is less than a token, 4 frames"),
+    ("{type: prefix, seconds: [1.5, 0.5]}", "[0].seconds: a range is [least, most], not [1.5, 0.5]"),
+    ("{type: prefix, frames: 5, seconds: 1}", "[0]: frames and seconds both say how long it is"),
+    ("{type: prefix, frame: 5}", "[0].frame is not a key; did you mean frames?"),
+    ("{type: perfix}", "[0]: type perfix is no condition; did you mean prefix?"),
+    ("{type: keyframes, times: [0.5, 2.125]}", "[0].times has 2.125, which is not before the clip's end"),
+    ("{type: keyframes, times: [0.5], count: 3}", "[0]: times says which keyframes are given"),
+    ("{type: keyframes, count: [3, 1]}", "[0].count: a range is [least, most], not [3, 1]"),
+    ("{type: keyframes, count: 50}", "[0].count 50 is too many for a clip of 5 token frames: use at most 4"),
+    ("{type: keyframes, count: 5}", "[0].count 5 is too many"),
+    ("{type: spatial_crop, region: [0, 0, 64, 64]}", "[0].region [0, 0, 64, 64] leaves the frame of 32x24"),
+    ("{type: spatial_crop, region: [0, 0, 32, 24]}", "right] up to 24 and 32"),
+    ("{type: spatial_crop, region: [4, 0, 12, 8]}", "[0].region [4, 0, 12, 8] holds no whole token of 8x8"),
+    ("{type: spatial_crop, region: [0, 0, 24, 32]}", "[0].region [0, 0, 24, 32] is the whole frame"),
+    (
+        "{type: spatial_crop, region: [8, 0, 8, 8]}",
+        "[0].region [8, 0, 8, 8] is not [top,",
+    ),
+    ("{type: spatial_crop, region: [0, 0, 8, 8], area: [0.1, 0.2]}", "[0]: region says what is given"),
+    ("{type: spatial_crop, area: [0.9, 0.1]}", "[0].area: a range is [least, most], not [0.9, 0.1]"),
+    ("{type: mask, duration: [0.9, 0.1]}", "[0].duration: a range is [least, most]"),
+    ("{type: mask, masks: data, area: [0.1, 0.2]}", "[0]: area draws masks, and masks: data takes"),
+    ("{type: scene, scenes: [7]}", "[0].scenes [7] names scene 7, and a clip has at most 5"),
+    ("{type: scene, scenes: []}", "[0].scenes: names no scene"),
+    ("{type: modality, modality: video}", "[0].modality video is all that plan.modalities has"),
+    ("{type: last_frame}, {type: prefix, frames: 18}", "[1].frames 18 is longer than the clip"),
+]
+
+
+@pytest.mark.parametrize(("conditions", "told"), NEVER, ids=[conditions for conditions, _ in NEVER])
+def test_conditions_that_never_hold_are_refused(write, conditions, told):
+    message = refusal(write(""), *SHAPE, f"plan.conditions=[{conditions}]")
+    assert "plan.conditions" in message
+    assert told in message
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["plan.conditions=[{type: modality, modality: video}, {type: modality}]"], "always, so nothing is"),
+        (["plan.conditions=[{type: prefix, modality: audio, seconds: 0.01}]"], "a latent of the sound, 0.5"),
+        (["plan.conditions=[{type: mask, modality: audio, duration: [1, 1]}]"], "makes all of the sound"),
+        (
+            ["plan={choose: one, conditions: [{type: first_frame}, {type: last_frame}]}"],
+            "sum up to at most 1",
+        ),
+        (
+            ["plan.type=scenes", "stories.shots=2", "plan.conditions=[{type: scene, scenes: [2]}]"],
+            "use 0 to 1",
+        ),
+        (["plan.type=scenes", "stories.shots=1", "plan.conditions=[{type: scene}]"], "these have one"),
+    ],
+)
+def test_conditions_on_sound_and_scenes_that_never_hold_are_refused(write, overrides, told):
+    assert told in refusal(write(""), *SHAPE, *SOUND, *overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["plan.conditions=[{type: prefix, frames: 17, strength: 0.5}]"],
+        ["plan.conditions=[{type: modality, modality: video, strength: 0.5}]"],
+        ["plan.conditions=[{type: prefix, frames: 16}, {type: suffix, frames: 4}, {type: prefix}]"],
+        ["plan.conditions=[{type: keyframes, times: [0, 2.1]}, {type: keyframes, count: [1, 5]}]"],
+        ["plan.conditions=[{type: scene, scenes: [4]}]"],
+        [*SOUND, "plan.conditions=[{type: prefix, frames: 17}, {type: modality, modality: audio}]"],
+        [*SOUND, "plan.conditions=[{type: modality, modality: video}, {type: modality, probability: 0.5}]"],
+        [
+            "plan={type: scenes, conditions: [{type: prefix, frames: 30}]}",
+            "stories.join=[1, 3]",
+            "references.enabled=false",
+        ],
+        ["plan={type: scenes, conditions: [{type: scene, scenes: [9]}]}", "stories.frames=9"],
+    ],
+)
+def test_conditions_that_can_hold_are_taken_and_read_back(write, overrides):
+    recipe = load_recipe(write(""), [*SHAPE, *overrides])
+    assert load_recipe(write(dump_recipe(recipe), "again.yaml")) == recipe
+
+
+def test_a_condition_that_holds_in_one_of_several_buckets_is_taken(write):
+    buckets = "bucketing={enabled: true, buckets: [[16, 16], [64, 48]], frames: [5, 33]}"
+    fitting = "plan.conditions=[{type: prefix, frames: 20}, {type: spatial_crop, region: [0, 0, 40, 64]}]"
+    assert len(load_recipe(write(""), [*SHAPE, buckets, fitting]).plan.conditions) == 2
+    for never in ("{type: prefix, frames: 34}", "{type: spatial_crop, region: [0, 0, 56, 64]}"):
+        assert "plan.conditions[0]." in refusal(write(""), *SHAPE, buckets, f"plan.conditions=[{never}]")
 
 
 @pytest.mark.parametrize("name", sorted(packaged_recipes()))
@@ -448,10 +560,10 @@ def test_sizes_that_a_published_backbone_does_not_read_are_not_written(write):
 def test_the_recipes_of_the_readme_are_there():
     expected = {"quickstart", "clips", "first_frame", "scenes", "causal", "factorized_256"}
     assert expected <= set(packaged_recipes())
-    plans = {name: load_recipe(name).plan.type for name in expected}
-    assert plans["first_frame"] == "first_frame"
-    assert plans["scenes"] == "scenes"
-    assert plans["causal"] == "chunks"
+    plans = {name: load_recipe(name).plan for name in expected}
+    assert [one.type for one in plans["first_frame"].conditions] == ["first_frame"]
+    assert plans["scenes"].type == "scenes"
+    assert plans["causal"].type == "chunks"
 
 
 # ---- provenance

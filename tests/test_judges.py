@@ -41,6 +41,7 @@ from motionloom.evals.exactness import judge_conditions, latents_equal, pixel_er
 from motionloom.evals.figures import Report, Target, bootstrap, summarise
 from motionloom.evals.judges import JUDGES, Tools, judge
 from motionloom.evals.masked import judge_masked
+from motionloom.evals.progress import progress
 from motionloom.evals.scenes import consistency, consistency_gap, judge_scenes
 from motionloom.evals.seam import (
     block_motion,
@@ -121,6 +122,9 @@ def test_what_cannot_be_said_of_a_clip_is_left_out_of_the_mean_and_of_the_count(
     assert (figure.encoder, figure.protocol, figure.passed) == ("an eye", "x-v1", True)
     assert str(Target(1.5, least=False)) == "≤ 1.5"
     assert not Target(1.5, least=False).met(1.6)
+    between = Target(1.5, least=False, floor=0.5)
+    assert str(between) == "0.5 .. 1.5"
+    assert [between.met(mean) for mean in (0.4, 0.5, 1.5, 1.6)] == [False, True, True, False]
 
 
 # Exactness
@@ -205,15 +209,24 @@ def seams(videos: Sequence[Video], specs: Sequence[ClipSpec], given: Given = PRE
     "given",
     [
         PREFIX,
+        Given("prefix", ((0, 9),)),
+        Given("prefix", ((0, 13),)),
         Given("first_frame", ((0, 1),)),
         Given("suffix", ((-4, 0),)),
+        Given("suffix", ((-8, 0),)),
+        Given("suffix", ((-12, 0),)),
         Given("keyframes", ((0, 1), (8, 9), (16, 17))),
     ],
-    ids=lambda given: given.kind,
+    ids=lambda given: f"{given.kind} {given.given}",
 )
-def test_real_clips_have_no_seam_wherever_it_is_looked_for(given: Given) -> None:
-    specs = clips(12)
+def test_real_clips_have_no_seam_and_frozen_ones_miss_it_wherever_it_is_looked_for(given: Given) -> None:
+    specs = clips(6)
     report = seams([render_video(spec) for spec in specs], specs, given)
+    missed = ["seam ratio", "seam ratio to real", "motion goes on"]
+    stopped = seams([held(render_video(spec), given) for spec in specs], specs, given)
+    assert [figure.name for figure in stopped.figures if figure.passed is False] == missed
+    assert stopped.value("motion goes on") == report.value("frozen: motion goes on") == 0
+    assert report.value("frozen: seam ratio") == 0
     assert {report.value(f"keeps {name}") for name in ("color", "shape", "size")} == {1.0}
     assert report.value("motion goes on") == 1.0
     assert report.details["real"]["seam ratio"] == pytest.approx(report.value("seam ratio"))
@@ -226,6 +239,69 @@ def test_real_clips_step_over_a_joint_as_anywhere_else() -> None:
     for at in ([5], [1], [13], [1, 8, 9, 16]):
         ratios = [[seam_ratio(v, at) for v in videos], [seam_ratio(v, at, typical) for v in videos]]
         assert np.mean(ratios, axis=1) == pytest.approx([1, 1], abs=0.08), at
+
+
+def held(video: Video, given: Given) -> Video:
+    """Every made frame repeats the last given one before it, or where there is none the first one."""
+    at = np.flatnonzero(given.where(*video.shape[:3]).all(axis=(1, 2)))
+    return video[at[np.maximum(np.searchsorted(at, np.arange(len(video)), side="right") - 1, 0)]]
+
+
+MOVING = replace(World.full(frames=17), objects=(1,))
+MADE_LAST = np.arange(17) < 9
+
+
+@pytest.mark.parametrize("motion", sorted(set(MOVING.motions) - {"still"}))
+def test_the_made_part_must_move_by_itself(motion: str) -> None:
+    world = MOVING.narrowed({"motion": [motion]})
+    for n in range(3):
+        spec = world.sample(3, n, "all")
+        video = render_video(spec)
+
+        def way(clip: Video, given_P: np.ndarray = MADE_LAST, asked: ClipSpec = spec) -> float:
+            return progress(clip, given_P, facts(asked), MOVING)
+
+        stopped = video[np.minimum(np.arange(17), 8)]
+        # Two standing pictures in the made part, with a jump between them.
+        slides = video[np.where(np.arange(17) < 13, 8, 16)]
+        gone = np.where(np.arange(17)[:, None, None, None] < 9, video, np.median(video, axis=(0, 1, 2)))
+        assert way(video) > 0.9
+        assert way(stopped) == 0
+        assert way(slides) <= 0.5
+        assert way(gone.astype(np.uint8)) == 0
+        # Every other frame was given: one that is repeated is not a made one that moves.
+        turns = np.arange(17) % 2 == 0
+        assert way(video, turns) > 0.9
+        assert way(video[np.arange(17) // 2 * 2], turns) == pytest.approx(0, abs=1e-6)
+
+
+def test_the_way_of_the_made_part_is_told_by_its_length_and_direction() -> None:
+    """Closed form: half the speed is half the way, and the way back is none."""
+    spec = MOVING.narrowed({"motion": ["right"], "size": ["small"]}).sample(4, 0, "all")
+    thing = spec.objects[0]
+    asked = facts(spec)
+
+    def way(travel: float) -> float:
+        clip = render_video(replace(spec, objects=(replace(thing, x=0.5, travel=travel),)))
+        return progress(clip, MADE_LAST, asked, MOVING)
+
+    slowest = 0.7 * (1 - 2 * 1.12 * thing.radius)  # the shortest drift that the world draws
+    assert way(slowest / 2) == pytest.approx(0.5, abs=0.05)
+    assert way(slowest / 4) == pytest.approx(0.25, abs=0.05)
+    assert way(-slowest) == pytest.approx(-1, abs=0.1)
+    assert way(1.3 * slowest) == pytest.approx(1, abs=0.05)
+
+
+def test_a_clip_that_should_stand_still_has_no_too_small_seam() -> None:
+    world = MOVING.narrowed({"motion": ["still"]})
+    specs = [world.sample(5, n, "all") for n in range(3)]
+    asked = [Asked(prompt(spec), given=(PREFIX,)) for spec in specs]
+    samples = [
+        Sample(str(n), render_video(s), 8.0, a) for n, (s, a) in enumerate(zip(specs, asked, strict=True))
+    ]
+    report = judge_seams(samples, HISTOGRAM, MOVING, [render_video(spec) for spec in clips(3)])
+    assert report.value("seam ratio") == report.value("seam ratio to real") == 1
+    assert all(figure.passed for figure in report.figures if figure.target)
 
 
 def jumped(spec: ClipSpec) -> Video:
@@ -633,6 +709,30 @@ def test_another_clips_sound_and_silence_do_not_agree() -> None:
     silent = judge_sound([sounding(spec, 0 * render(spec).sound) for spec in specs], WORLD)
     assert silent.value("motion heard") == silent.value("clicks within 1 frame") == 0
     assert silent.value("pitch follows height") <= 0
+
+
+@pytest.mark.parametrize("broken", [lambda v: v[:1], lambda v: np.full_like(v[:1], int(np.median(v)))])
+def test_a_picture_that_stands_still_or_is_empty_does_not_follow_the_pitch(
+    broken: Callable[[Video], Video],
+) -> None:
+    """A bright tone over two good films of eight must not read as all of them."""
+    moving = [spec for spec in clips(40) if spec.objects[0].motion in ("up", "down", "bounce")][:8]
+    videos = [render_video(spec) for spec in moving]
+    videos[2:] = [np.repeat(broken(video), len(video), axis=0) for video in videos[2:]]
+    report = judge_sound([sounding(s, video=v) for s, v in zip(moving, videos, strict=True)], WORLD)
+    (figure,) = [figure for figure in report.figures if figure.name == "pitch follows height"]
+    assert (figure.interval.mean, figure.interval.count) == (pytest.approx(0.25, abs=0.01), 8)
+    assert figure.passed is False
+
+
+def test_a_pitch_that_moves_under_a_level_object_counts_and_a_level_one_does_not() -> None:
+    level = [spec for spec in clips(40) if spec.objects[0].motion in ("left", "right")][:3]
+    rising = next(render(s).sound for s in clips(40) if s.objects[0].motion == "up")
+    true = judge_sound([sounding(spec) for spec in level], WORLD)
+    assert "pitch follows height" not in {figure.name for figure in true.figures}
+    assert judge_sound([sounding(s, rising) for s in level], WORLD).value("pitch follows height") == 0
+    silent = judge_sound([sounding(s, 0 * rising) for s in level], WORLD)
+    assert "pitch follows height" not in {figure.name for figure in silent.figures}
 
 
 def test_sound_alone_is_held_against_the_caption() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import subprocess
 import sys
@@ -346,3 +347,15 @@ def test_new_captions_under_old_ids_change_the_fingerprint(tmp_path) -> None:
     assert Loader(open_cache(tmp_path / "cache"), recipe()).fingerprint() == before
     build_cache(recipe(), [replace(entry, caption="something else") for entry in world], tmp_path / "cache")
     assert Loader(open_cache(tmp_path / "cache"), recipe()).fingerprint() != before
+
+
+def test_caches_of_video_alone_keep_the_fingerprint_of_old_runs(cache: Cache) -> None:
+    """Written out: what is added for other data must not keep these from being resumed."""
+    settings = bucketed(train={"heldout_fraction": 0.0})
+    digest = hashlib.sha256(repr([7, 4, "train", cache.identity.fingerprint]).encode())
+    for bucket, rows in cache.buckets.items():
+        digest.update(str(bucket).encode())
+        for row in cache.metadata(rows):
+            facts = [row["id"], row["captions"], row["wordings"], row["scene_frames"]]
+            digest.update(repr(facts).encode())
+    assert Loader(cache, settings).fingerprint() == digest.hexdigest()

@@ -360,6 +360,22 @@ def test_every_condition_has_its_file_read(files: Path) -> None:
     assert made("video", {"prompt": "a", "conditions": [film, still]})[0].video_PHW3.shape == (9, 16, 24, 3)
 
 
+def test_conditions_may_overlap_where_they_agree_or_one_is_stronger(files: Path) -> None:
+    dog, film = str(files / "dog.png"), str(files / "film.mp4")
+    still = {"type": "keyframes", "times": [0.15], "source": dog}
+    prefix = {"type": "prefix", "frames": 5, "source": film}
+    for other in (
+        {"type": "keyframes", "times": [0.2], "source": dog},
+        {"type": "keyframes", "times": [0.4], "source": film},
+        {**prefix, "strength": 0.5},
+        {**prefix, "noise": 0.2},
+    ):
+        assert len(ready("video", {"prompt": "a", "conditions": [still, other]}).given) == 2
+    crop = {"type": "spatial_crop", "region": [0, 0, 16, 12], "source": film}
+    mask = {"type": "mask", "mask": str(files / "right.png"), "source": dog}
+    assert len(ready("video", {"prompt": "a", "conditions": [crop, mask]}).given) == 2
+
+
 def test_sound_is_laid_where_it_is_given(files: Path) -> None:
     tone = read_sound(files / "tone.wav", 4096)
     length, latent = round(9 / FPS * 4096), 512
@@ -732,6 +748,21 @@ MISTAKES: list[tuple[str, str, str]] = [
     ("video", "--prompt a --source film.mp4", "--source is the film of a --mask or a --crop"),
     ("video", "--prompt a --crop 0,0,8,8 --source film.mp4 --source dog.png", "has 2 times --source"),
     ("video", "--prompt a --keyframe 0.5=dog.png --keyframe 0.5=film.mp4", "0.5 s is given twice"),
+    (
+        "video",
+        "--prompt a --keyframe 0.15=dog.png --keyframe 0.2=film.mp4",
+        "conditions[0] (keyframes) and conditions[1] (keyframes) both give frames 1 to 2 of the clip, "
+        "dog.png and film.mp4",
+    ),
+    ("video", "--prompt a --image dog.png --prefix film.mp4:5", "both give frame 0 of the clip"),
+    ("video", "--prompt a --last-image dog.png --suffix film.mp4:4", "both give frames 7 to 8 of the clip"),
+    ("video", "--prompt a --image dog.png --crop 0,0,16,12 --source film.mp4", "both give frame 0"),
+    (
+        "sound",
+        "--prompt a --prefix blip.wav:1 --mask 0.8-1.2 --source tone.wav",
+        "both give the sound from 0",
+    ),
+    ("scenes", "--scene a --scene b --scene-source 0=film.mp4 --image dog.png", "and scenes[0] both give"),
     ("video", "--prompt a --strength 0.5", "--strength is of what is given"),
     ("video", "--prompt a --backwards", "for instance --extend 16"),
     ("video", "--prompt a --scene-frames 5", "list them with --scene"),
@@ -841,6 +872,10 @@ WRONG_CONDITIONS: list[tuple[dict[str, Any], str]] = [
     ({"type": "first_frame", "noise": 1, "source": "x"}, "noise is 1"),
     ({"type": "keyframes", "source": "x"}, "times is empty"),
     ({"type": "spatial_crop", "source": "x"}, "region is missing"),
+    ({"type": "keyframes", "times": [0.5], "count": 3, "source": "x"}, "and count draws them: keep one"),
+    ({"type": "scene", "scenes": [], "source": "x"}, "conditions[0].scenes: names no scene"),
+    ({"type": "spatial_crop", "region": [8, 0, 8, 8], "source": "x"}, "region [8, 0, 8, 8] is not"),
+    ({"type": "mask", "made": [[1, 0.5]], "source": "x"}, "conditions[0].made: [1.0, 0.5] ends before"),
     ({"type": "mask", "source": "x"}, "say either mask, a file, or made"),
     ({"type": "scene", "scenes": "some", "source": "x"}, "scenes must be a list of numbers"),
     ({"type": "modality", "modality": "smell", "source": "x"}, "expected video or audio"),

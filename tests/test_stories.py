@@ -19,7 +19,7 @@ from motionloom.data.buckets import Bucket
 from motionloom.data.cache import Cache, build_cache, open_cache
 from motionloom.data.loader import Loader
 from motionloom.data.manifest import ManifestEntry, Scene, read_manifest, write_manifest
-from motionloom.data.media import read_clip, write_video
+from motionloom.data.media import read_clip, read_sound, write_video
 from motionloom.errors import UserError
 from motionloom.plans.visibility import GLOBAL
 from motionloom.text import build_text_encoder, encode_scenes
@@ -128,6 +128,102 @@ def test_sound_is_encoded_shot_by_shot_as_well(tmp_path: Path) -> None:
     heard = sound.x_BFHWC[b, :, 0, 0]
     for got, asked in ((heard[:10], first), (heard[10:], second)):
         assert torch.corrcoef(torch.stack([got.flatten(), asked.flatten()]))[0, 1] > 0.95  # AAC's losses
+
+
+def test_windows_of_one_shot_have_one_scene_in_picture_and_sound(tmp_path: Path) -> None:
+    """Whichever shot of its story a window is: 5 frames, or 13 that last longer than the story's first."""
+    settings = recipe(audio=AUDIO, stories={"shots": 1}, plan={"modalities": ["video", "audio"]})
+    build_cache(settings, [story(tmp_path, key, 0.0, 0.625, sound=True) for key in range(3)], tmp_path / "c")
+    seen = set()
+    for batch in take(open_cache(tmp_path / "c"), settings, 4):
+        assert {len(captions) for captions in batch.captions} == {1}
+        sound = batch.latents["audio"]
+        seen.add(sound.x_BFHWC.shape[1])
+        assert not batch.video.scene_BF.any()
+        assert not sound.scene_BF.any()
+    assert seen == {10, 26}
+
+
+def test_clips_encoded_as_a_whole_keep_the_scenes_of_their_sound(tmp_path: Path) -> None:
+    settings = recipe(audio=AUDIO, plan={"type": "text_to_video"})
+    build_cache(settings, [story(tmp_path, 1, 0.0, 0.875, sound=True)], tmp_path / "c")
+    (batch,) = take(open_cache(tmp_path / "c"), settings, 1)
+    # 0.875 s of 16 latents a second: the 14th ends there.
+    assert batch.latents["audio"].scene_BF[0].tolist() == [0] * 14 + [1] * 28
+
+
+# References beside shots
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_references_lose_what_the_shots_lose(stride: int, tmp_path: Path) -> None:
+    """Shots from frames 0, 7, 17 on, of 5, 9 and 1 frames: the reference shows these moments alone."""
+    settings = recipe(references={"enabled": True, "frame_stride": stride})
+    told = story(tmp_path, 1, 0.0, 0.875, 2.125)
+    other = make_clip(tmp_path / "other.mp4", 9, frames=24)
+    build_cache(settings, [replace(told, reference=other)], tmp_path / "cache")
+    cache = open_cache(tmp_path / "cache")
+    assert cache.row(0).bucket.shots == (5, 9, 1)
+    kept = [*range(5), *range(7, 16), 17][::stride]
+    kept = kept[: 1 + (len(kept) - 1) // 4 * 4]  # as many as fill latent frames
+    assert any(frame > 5 for frame in kept)
+    pixels = read_clip(other, frames=24, fps=FPS, size=(32, 32)).video_FHW3[kept]
+    wanted = load_tokenizer(tmp_path / "cache" / "tokenizer").encode(torch.from_numpy(pixels)[None])[0]
+    (found,) = cache.references([0])
+    assert found is not None
+    torch.testing.assert_close(torch.from_numpy(found.astype(np.float32)), wanted, rtol=2**-10, atol=1e-3)
+
+
+def test_references_end_where_they_end(tmp_path: Path) -> None:
+    """In the second shot, before it, or at once as a picture does."""
+    settings = recipe(references={"enabled": True})
+    told = story(tmp_path, 1, 0.0, 0.875, 2.125)
+    entries, frames = [], {"amid": 13, "before": 6, "still": 1}
+    for name, count in frames.items():
+        pixels = read_clip(told.path, frames=count).video_FHW3
+        path = write_video(tmp_path / f"{name}.{'png' if count == 1 else 'mp4'}", pixels, FPS)
+        entries.append(replace(told, id=name, reference=path))
+    build_cache(settings, entries, tmp_path / "cache")
+    cache = open_cache(tmp_path / "cache")
+    found = dict(zip(cache.ids, cache.references(range(3)), strict=True))
+    # 5 frames and 6 of the second shot fill 9; 5 of the first; a still is 1.
+    assert {name: len(x) for name, x in found.items() if x is not None} == {
+        "amid": 3,
+        "before": 2,
+        "still": 1,
+    }
+
+
+def test_references_of_several_files_run_through_all_of_them(tmp_path: Path) -> None:
+    """The second scene begins at 0.5 s of its own file, and at 0.75 s of the story."""
+    settings = recipe(references={"enabled": True}, stories={"frames": 5})
+    paths = [make_clip(tmp_path / f"part{key}.mp4", key, frames=16) for key in range(2)]
+    scenes = (Scene(0.0, 0.75, "one", paths[0]), Scene(0.5, 2.0, "two", paths[1]))
+    other = make_clip(tmp_path / "other.mp4", 9, frames=24)
+    build_cache(
+        settings, [ManifestEntry("story", paths[0], "all", scenes=scenes, reference=other)], tmp_path / "c"
+    )
+    cache = open_cache(tmp_path / "c")
+    pixels = read_clip(other, frames=24, fps=FPS, size=(32, 32)).video_FHW3[[*range(5), *range(6, 10)]]
+    wanted = load_tokenizer(tmp_path / "c" / "tokenizer").encode(torch.from_numpy(pixels)[None])[0]
+    (found,) = cache.references([0])
+    assert found is not None
+    torch.testing.assert_close(torch.from_numpy(found.astype(np.float32)), wanted, rtol=2**-10, atol=1e-3)
+
+
+def test_the_sound_of_references_follows_the_shots(tmp_path: Path) -> None:
+    settings = recipe(audio=AUDIO, references={"enabled": True, "audio": True})
+    told = story(tmp_path, 1, 0.0, 0.875, sound=True)  # 7 and 14 frames: 5 and 13 are kept
+    build_cache(settings, [replace(told, reference=told.path)], tmp_path / "cache")
+    cache = open_cache(tmp_path / "cache")
+    heard = read_sound(told.path, RATE)
+    begin = round(0.875 * RATE)
+    cut = np.concatenate([heard[:, : 5 * RATE // 8], heard[:, begin : begin + 13 * RATE // 8]], axis=1)
+    encoder = load_audio_tokenizer(tmp_path / "cache" / "audio_tokenizer")
+    wanted = encoder.encode(torch.from_numpy(cut[None]), RATE)[0]
+    (found,) = cache.reference_sounds([0])
+    assert found is not None
+    torch.testing.assert_close(torch.from_numpy(found.astype(np.float32)), wanted, rtol=2**-10, atol=2e-3)
 
 
 def test_stories_from_several_files(tmp_path: Path) -> None:
@@ -436,6 +532,10 @@ def test_joined_clips_are_held_out_in_order(single: Cache) -> None:
         ({"stories": {"join": (0, 2)}}, r"stories.join \[0, 2\] is not"),
         ({"stories": {"frames": 6}}, "stories.frames 6 does not fill .*: use 5 or 9"),
         ({"stories": {"join": (2, 2)}, "references": {"enabled": True}}, "no place for the reference"),
+        (
+            {"stories": {"max_latent_frames": 3}, "references": {"enabled": True}},
+            "stories.max_latent_frames leaves no place for the reference",
+        ),
         ({"references": {"enabled": True, "audio": True}}, "references.audio is true but audio.enabled"),
         (
             {"references": {"enabled": True, "downscale": 4}, "video": {"width": 48, "num_frames": 9}},

@@ -132,7 +132,10 @@ def _page(folder: Path, samples: Sequence[Sample], reports: Sequence[Report], co
     page = Page(
         title="MotionLoom: judged clips",
         subtitle=f"{len(samples)} clips of {folder}, against what was asked of them.",
-        tiles=[Tile(f"{f.name} ({f.target})", f"{f.interval.mean:.3g}") for f in targets],
+        tiles=[
+            Tile(f"{f.name} ({f.target})", f"{f.interval.mean:.3g} of {f.interval.count} clips")
+            for f in targets
+        ],
         samples=shown,
         samples_title="Clips",
         samples_note=f"The first {len(shown)}; what is yes or no of a clip is marked.",

@@ -7,14 +7,15 @@ Shapes: P pixel frames, H x W pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 
-from motionloom.cli.sources import Given, Reader
+from motionloom.cli.sources import Given, Reader, disagreement
 from motionloom.config.guidance import ConditionScale
 from motionloom.config.misfits import neighbours
 from motionloom.config.recipe import Recipe
@@ -78,8 +79,12 @@ def prepare(model: Model, wish: Request) -> Prepared:
     notes: list[str] = []
     shots, how = _lengths(model, wish, fps, notes)
     reader = Reader(model, shots, height, width, fps)
-    given = [reader.condition(c, f"conditions[{i}] ({c.type})") for i, c in enumerate(wish.conditions)]
-    given += [reader.scene(i, scene.source) for i, scene in enumerate(wish.scenes) if scene.role == "given"]
+    named = {f"conditions[{i}] ({c.type})": c for i, c in enumerate(wish.conditions)}
+    read = {at: reader.condition(c, at) for at, c in named.items()}
+    scenes = [(i, scene.source) for i, scene in enumerate(wish.scenes) if scene.role == "given"]
+    read |= {f"scenes[{i}]": reader.scene(i, source) for i, source in scenes}
+    _check_agreement(read)
+    given = list(read.values())
     prompts = wish.all_prompts
     captions = tuple(scene.caption for scene in wish.scenes)
     clips = ClipRequest(
@@ -117,6 +122,17 @@ def _check_modalities(model: Model, wish: Request) -> None:
             raise UserError(
                 f"conditions[{i}] ({condition.type}) gives {condition.modality}, this model makes {makes} "
                 "alone: leave it out, or take a model with both (plan.modalities: [video, audio])"
+            )
+
+
+def _check_agreement(read: Mapping[str, Given]) -> None:
+    """Refuses two things in one place, of which one would be left out and nothing would say so."""
+    for (at, one), (other_at, other) in combinations(read.items(), 2):
+        if where := disagreement(one, other):
+            raise UserError(
+                f"{at} and {other_at} both give {where} of the clip, {one.condition.source} and "
+                f"{other.condition.source}, and a token holds one: leave one out, move it, or lower its "
+                "strength"
             )
 
 

@@ -42,6 +42,8 @@ from motionloom.plans.conditions import Draws
 
 _WHITE = 127  # codecs and resampling leave neither quite black nor quite white
 _BLACK = (0, 0, 0)
+_ALIKE = 1e-2
+"""Full scale 1: sound that is read from another place of a file may be resampled a little otherwise."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Given:
     sound_ZM: Tensor | None = None
     sample_rate: int = 0
     mask_Fhw: Tensor | None = None
+    heard_T2: Tensor | None = None
+    """Beginning and end in seconds of the latents of sound that it gives."""
     notes: tuple[str, ...] = field(default=())
 
     @property
@@ -71,6 +75,14 @@ class Given:
             return None if t is None else t[None].expand(batch, *t.shape)
 
         return Source(each(self.video_PHW3), each(self.sound_ZM), self.sample_rate, each(self.mask_Fhw))
+
+    def frame_at(self, index: int) -> Tensor:
+        """(H, W, 3): what it shows in a pixel frame of the clip, one of those in ``where_PHW``."""
+        assert self.video_PHW3 is not None
+        if len(self.video_PHW3) == len(self.where_PHW):
+            return self.video_PHW3[index]
+        before = int(self.where_PHW[:index].any(axis=(1, 2)).sum())
+        return self.video_PHW3[min(before, len(self.video_PHW3) - 1)]
 
     def put_back(self, clip: Clip) -> Clip:
         """A clip with what this gives of it whole, as it was handed in: coding it would only cost quality."""
@@ -277,7 +289,7 @@ class Reader:
         before = round(begin * rate)
         after = max(0, round(self.seconds * rate) - before - sound_ZM.shape[1])
         laid_ZM = torch.nn.functional.pad(sound_ZM, (before, after))
-        return replace(given, sound_ZM=laid_ZM, sample_rate=rate)
+        return replace(given, sound_ZM=laid_ZM, sample_rate=rate, heard_T2=span_N2)
 
     def _sound(self, path: str, seconds: float, from_end: bool) -> tuple[Tensor, int]:
         """So many seconds of a file's sound, (Z, M), and its rate."""
@@ -312,8 +324,8 @@ class Reader:
             raise UserError(
                 f"made {list(late[0])} begins after the clip's end, {self.seconds:g} s: take earlier seconds"
             )
+        span_BT2 = sample.tracks[c.modality].span_BF2
         if c.modality == "audio":
-            span_BT2 = sample.tracks["audio"].span_BF2
             assert span_BT2 is not None
             given_T = ~_overlaps(span_BT2[0].cpu(), c.made)
             mask_Fhw = given_T[:, None, None]
@@ -332,7 +344,9 @@ class Reader:
         if c.modality == "video":
             return self._with_pixels(given)
         sound_ZM, rate = self._sound(c.source, self.seconds, from_end=False)
-        return replace(given, sound_ZM=sound_ZM, sample_rate=rate)
+        assert span_BT2 is not None
+        heard_T2 = span_BT2[0].cpu()[mask_Fhw[:, 0, 0]]
+        return replace(given, sound_ZM=sound_ZM, sample_rate=rate, heard_T2=heard_T2)
 
     def _white(self, c: Mask) -> Tensor:
         """(P, H, W): what is given, in pixels."""
@@ -378,6 +392,43 @@ class Reader:
                 f"reference needs {needs}: name a longer one, or a picture"
             )
         return Given(c, nowhere, pixels[:whole])
+
+
+def disagreement(one: Given, other: Given) -> str:
+    """Where two files, given with equal strength and noise, say different things; empty if nowhere.
+
+    Only one of them could stand there, and nothing says which.
+    """
+    a, b = one.condition, other.condition
+    if a.source == b.source:
+        return ""
+    if (a.strength, a.noise) != (b.strength, b.noise) or "reference" in (a.type, b.type):
+        return ""
+    if one.video_PHW3 is not None and other.video_PHW3 is not None:
+        both_PHW = one.where_PHW & other.where_PHW
+        differ = [
+            p
+            for p in np.flatnonzero(both_PHW.any(axis=(1, 2))).tolist()
+            if bool((one.frame_at(p) != other.frame_at(p)).any(dim=2).numpy()[both_PHW[p]].any())
+        ]
+        if differ:
+            return f"frames {differ[0]} to {differ[-1]}" if len(differ) > 1 else f"frame {differ[0]}"
+    return _unlike_sound(one, other)
+
+
+def _unlike_sound(one: Given, other: Given) -> str:
+    if one.heard_T2 is None or other.heard_T2 is None:
+        return ""
+    assert one.sound_ZM is not None
+    assert other.sound_ZM is not None
+    twice = (one.heard_T2[:, None] == other.heard_T2[None]).all(dim=2).any(dim=1)
+    for begin, end in one.heard_T2[twice].tolist():
+        part = slice(round(begin * one.sample_rate), round(end * one.sample_rate))
+        a_ZM, b_ZM = (sound.float().mean(dim=0)[part] for sound in (one.sound_ZM, other.sound_ZM))
+        shared = min(len(a_ZM), len(b_ZM))
+        if not torch.allclose(a_ZM[:shared], b_ZM[:shared], atol=_ALIKE):
+            return f"the sound from {begin:g} s"
+    return ""
 
 
 def _overlaps(span_N2: Tensor, made: tuple[tuple[float, float], ...]) -> Tensor:

@@ -15,13 +15,37 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
 from motionloom.config.section import BelowOne, Fraction, NotNegative, Positive, Section
 
 Seconds = Annotated[float, Field(gt=0)]
-Frames = Positive | tuple[Positive, Positive]
 Modality = Literal["video", "audio"]
+
+
+def _ordered(value: Any) -> Any:
+    if isinstance(value, tuple) and value[0] > value[1]:
+        raise ValueError(f"a range is [least, most], not {list(value)}: turn it round")
+    return value
+
+
+def _some_scene(value: Any) -> Any:
+    if value == ():
+        raise ValueError("names no scene: list numbers that count from 0, or leave the condition out")
+    return value
+
+
+def _forwards(value: Any) -> Any:
+    if wrong := [pair for pair in value if pair[0] >= pair[1]]:
+        raise ValueError(f"{list(wrong[0])} ends before it begins: write [from, to]")
+    return value
+
+
+# Ranges are checked as wholes: within a union, pydantic would speak of the other way of reading them.
+Count = Annotated[Positive | tuple[Positive, Positive], AfterValidator(_ordered)]
+Frames = Annotated[Positive | tuple[Positive, Positive] | None, AfterValidator(_ordered)]
+Length = Annotated[Seconds | tuple[Seconds, Seconds] | None, AfterValidator(_ordered)]
+Part = Annotated[tuple[Fraction, Fraction], AfterValidator(_ordered)]
 
 
 class Base(Section):
@@ -63,25 +87,24 @@ class Keyframes(Base):
     type: Literal["keyframes"] = "keyframes"
     modality: Literal["video"] = "video"
     times: tuple[Annotated[float, Field(ge=0)], ...] = Field(default=(), description="In seconds.")
-    count: Positive | tuple[Positive, Positive] = Field(
-        default=1, description="Training, without times: how many, anywhere."
-    )
+    count: Count = Field(default=1, description="Training, without times: how many, anywhere.")
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> Keyframes:
+        if self.times and self.count != 1:
+            raise ValueError("times says which keyframes are given, and count draws them: keep one")
+        return self
 
 
 class _Stretch(Base):
     modality: Modality = "video"
-    frames: Frames | None = Field(default=None, description="Length in pixel frames; or a range.")
-    seconds: Seconds | tuple[Seconds, Seconds] | None = Field(
-        default=None, description="Length in seconds; or a range."
-    )
+    frames: Frames = Field(default=None, description="Length in pixel frames; or a range.")
+    seconds: Length = Field(default=None, description="Length in seconds; or a range.")
 
     @model_validator(mode="after")
     def _one_length(self) -> _Stretch:
         if self.frames is not None and self.seconds is not None:
             raise ValueError("frames and seconds both say how long it is: keep one")
-        for length in (self.frames, self.seconds):
-            if isinstance(length, tuple) and length[0] > length[1]:
-                raise ValueError(f"a range is [least, most], not {list(length)}")
         return self
 
 
@@ -105,9 +128,15 @@ class SpatialCrop(Base):
     region: tuple[NotNegative, NotNegative, Positive, Positive] | None = Field(
         default=None, description="[top, left, bottom, right] in pixels, given inside."
     )
-    area: tuple[Fraction, Fraction] = Field(
+    area: Part = Field(
         default=(0.25, 0.75), description="Training, without region: the given part of the frame, drawn."
     )
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> SpatialCrop:
+        if self.region is not None and self.area != type(self).model_fields["area"].default:
+            raise ValueError("region says what is given, and area draws it: keep one")
+        return self
 
 
 class Mask(Base):
@@ -118,16 +147,22 @@ class Mask(Base):
     masks: Literal["drawn", "data"] = Field(
         default="drawn", description="Training. data: those of the cache; drawn: boxes to be made."
     )
-    area: tuple[Fraction, Fraction] = Field(
-        default=(0.1, 0.5), description="Training, drawn: the part of a frame that is made."
-    )
-    duration: tuple[Fraction, Fraction] = Field(
+    area: Part = Field(default=(0.1, 0.5), description="Training, drawn: the part of a frame that is made.")
+    duration: Part = Field(
         default=(0.5, 1.0), description="Training, drawn: the part of the clip that the box lasts."
     )
     mask: str = Field(default="", description="Requests: a file; what is white in it is given.")
-    made: tuple[tuple[Annotated[float, Field(ge=0)], Seconds], ...] = Field(
-        default=(), description="Requests, in place of a file: [from, to] seconds that are made."
+    made: Annotated[tuple[tuple[Annotated[float, Field(ge=0)], Seconds], ...], AfterValidator(_forwards)] = (
+        Field(default=(), description="Requests, in place of a file: [from, to] seconds that are made.")
     )
+
+    @model_validator(mode="after")
+    def _one_choice(self) -> Mask:
+        if self.masks == "data":
+            for key in ("area", "duration"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    raise ValueError(f"{key} draws masks, and masks: data takes those of the data: keep one")
+        return self
 
 
 class Reference(Base):
@@ -149,9 +184,9 @@ class Scene(Base):
 
     type: Literal["scene"] = "scene"
     modality: Literal["video", "audio", "all"] = "all"
-    scenes: Literal["all_but_last", "all_but_one", "some"] | tuple[NotNegative, ...] = Field(
-        default="all_but_last", description="Which; some: any of them but never all, drawn."
-    )
+    scenes: Annotated[
+        Literal["all_but_last", "all_but_one", "some"] | tuple[NotNegative, ...], AfterValidator(_some_scene)
+    ] = Field(default="all_but_last", description="Which; some: any of them but never all, drawn.")
 
 
 class Whole(Base):

@@ -23,10 +23,10 @@ def from_former(flat: Mapping[str, Any], label: str) -> tuple[dict[str, Any], tu
     if kind == "first_frame":
         values["plan.type"] = "text_to_video"
         conditions = [{"type": "first_frame", "probability": flat.get("plan.probability", 0.5)}]
-    elif kind == "scenes" or "plan.expand_probability" in flat and kind is None:
+    elif kind == "scenes" or ("plan.expand_probability" in flat and kind is None):
         probability = flat.get("plan.expand_probability", 0.5)
         conditions = [{"type": "scene", "scenes": "all_but_last", "probability": probability}]
-    if not conditions:
+    if not any(one["probability"] for one in conditions):
         return values, ()
     values["plan.conditions"] = conditions
     return values, (f"{label}: was written for an earlier version; its plan.conditions are now {conditions}",)

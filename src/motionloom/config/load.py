@@ -20,6 +20,7 @@ from motionloom.config.keys import expected, flatten, keys, shown, unflatten, un
 from motionloom.config.misfits import cautions
 from motionloom.config.mmdit import from_mmdit
 from motionloom.config.recipe import OWN_SIZES, Recipe
+from motionloom.config.request import error_line
 from motionloom.config.yaml_text import read_yaml, write_yaml
 from motionloom.errors import UserError
 
@@ -200,6 +201,9 @@ def _override_layer(override: str) -> _Layer:
 def _problem(error: dict[str, Any], origin: dict[str, str], whole: str) -> str:
     """One pydantic error as a line: the value's layer, its key, what it is and what was expected."""
     place = [str(part) for part in error["loc"]]
+    if place[:2] == ["plan", "conditions"] and len(place) > 2:
+        # The same language as in requests, so the same words.
+        return f"{origin['plan.conditions']}: plan.{error_line({**error, 'loc': error['loc'][1:]})}"
     for length in (1, 2):
         key, items = ".".join(place[:length]), place[length:]
         if key in keys():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from motionloom.config.given_misfits import given_misfits
 from motionloom.config.recipe import (
     OWN_SIZES,
     AudioConfig,
@@ -67,6 +68,7 @@ def misfits(r: Recipe) -> Iterator[str]:
     yield from _length_misfits(r)
     yield from _reference_misfits(r)
     yield from _condition_misfits(r)
+    yield from given_misfits(r)
     yield from _story_misfits(r)
     for i, request in enumerate(r.train.sample_requests):
         if isinstance(request, dict) and (problem := request_problem(request)):
@@ -141,12 +143,14 @@ def _own_misfits(model: ModelConfig) -> Iterator[str]:
             f"even width: use {f'num_heads {fitting[-1]}' if fitting else 'an even dim'}"
         )
     if model.audio_dim and model.type != "joint":
-        yield f"model.audio_dim is for joint, {model.type} has no sound: set model.type: joint, or leave it out"
+        yield (
+            f"model.audio_dim is for joint, {model.type} has no sound: set model.type: joint, or leave it out"
+        )
     if model.audio_dim % (2 * model.num_heads):
         step = 2 * model.num_heads
         yield (
-            f"model.audio_dim {model.audio_dim} does not divide into model.num_heads {model.num_heads} heads of "
-            f"an even width: use {neighbours(model.audio_dim, step)}"
+            f"model.audio_dim {model.audio_dim} does not divide into model.num_heads {model.num_heads} heads "
+            f"of an even width: use {neighbours(model.audio_dim, step)}"
         )
     if model.preset:
         yield (
@@ -362,11 +366,15 @@ def _story_misfits(r: Recipe) -> Iterator[str]:
         if (stories.frames - rest) % step or stories.frames < step + rest:
             yield (
                 f"stories.frames {stories.frames} does not fill tokens of {step} frames"
-                f"{' after a first frame alone' if rest else ''}: use {neighbours(stories.frames, step, rest)}"
+                f"{' after a first frame alone' if rest else ''}: use "
+                f"{neighbours(stories.frames, step, rest)}"
             )
-    if r.references.enabled and (stories.shots is not None or most):
-        key = "join" if most else "shots"
-        yield f"stories.{key} leaves no place for the reference of a whole clip: leave it out, or references"
+    parts = {"join": most > 0, "shots": stories.shots, "max_latent_frames": stories.max_latent_frames}
+    if r.references.enabled and (keys := [key for key, given in parts.items() if given]):
+        yield (
+            f"stories.{keys[0]} leaves no place for the reference of a whole clip: leave it out, or "
+            "references"
+        )
 
 
 def frame_rule(temporal: int, first_alone: bool, patch: int) -> tuple[int, int]:

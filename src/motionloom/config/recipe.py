@@ -22,6 +22,7 @@ from motionloom.config.section import (
     Section,
 )
 
+
 class VideoConfig(Section):
     """The clip that training sees."""
 

@@ -13,7 +13,16 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from motionloom.config.conditions import CONDITIONS, Base, Condition, Keyframes, Mask, Reference, Seconds
+from motionloom.config.conditions import (
+    CONDITIONS,
+    Base,
+    Condition,
+    Keyframes,
+    Mask,
+    Reference,
+    Seconds,
+    SpatialCrop,
+)
 from motionloom.config.guidance import ConditionScale, Interval, Scale
 from motionloom.config.keys import expected, shown
 from motionloom.config.section import BelowOne, Fraction, NotNegative, Positive, Section
@@ -176,7 +185,7 @@ def request_problem(tree: Mapping[str, Any]) -> str:
     try:
         Request.model_validate(tree)
     except ValidationError as error:
-        return _line(error.errors()[0])
+        return error_line(error.errors()[0])
     return ""
 
 
@@ -275,19 +284,16 @@ def _open(c: Base) -> str:
         return "a range is for training: say one length"
     if isinstance(c, Keyframes) and not c.times:
         return "times is empty: say the seconds at which the picture stands"
-    if c.type == "spatial_crop":
-        region = getattr(c, "region", None)
-        if region is None:
+    if isinstance(c, SpatialCrop):
+        if c.region is None:
             return "region is missing: say [top, left, bottom, right] in pixels"
-        if not (region[0] < region[2] and region[1] < region[3]):
-            return f"region {list(region)} is not [top, left, bottom, right]: nothing is inside"
+        if not (c.region[0] < c.region[2] and c.region[1] < c.region[3]):
+            return f"region {list(c.region)} is not [top, left, bottom, right]: nothing is inside"
     if isinstance(c, Mask):
         if bool(c.mask) == bool(c.made):
             return "say either mask, a file, or made, the [from, to] seconds that are made"
         if c.modality == "audio" and c.mask:
             return "sound has no pixels: say made, the [from, to] seconds that are made"
-        if wrong := [pair for pair in c.made if pair[0] >= pair[1]]:
-            return f"made holds {list(wrong[0])}, which ends before it begins: write [from, to]"
     if c.type == "scene" and isinstance(getattr(c, "scenes", None), str):
         return "scenes must be a list of numbers, such as [0]"
     return ""
@@ -296,8 +302,8 @@ def _open(c: Base) -> str:
 # Messages
 
 
-def _line(error: Any) -> str:
-    """One pydantic error as a line: key, what it is, what was expected."""
+def error_line(error: Any) -> str:
+    """One pydantic error of a request as a line: key, what it is, what was expected."""
     place, kind = list(error["loc"]), error["type"]
     if place[:1] == ["conditions"] and len(place) > 2:
         del place[2]  # the type, which the keys of its condition do not stand under

@@ -136,18 +136,22 @@ class Collate:
             present_B[b] = all(part is not None for part in parts)
             if present_B[b]:
                 np.concatenate([x_TC for part in parts for x_TC in part or ()], out=x_BTC[b])
-        if len(shots) == 1:
-            scene_BT = self._scenes_at([sample[0].row for sample in samples], span_T2[None])
-        else:
-            scene_BT = torch.arange(len(shots)).repeat_interleave(torch.tensor(counts))[None]
+        scene_BT = torch.stack([self._sound_scenes_of(sample, counts, span_T2) for sample in samples])
         return Latents(
             torch.from_numpy(x_BTC)[:, :, None, None],
             seconds_T[None].repeat(len(samples), 1),
             span_T2[None].repeat(len(samples), 1, 1),
-            scene_BT.expand(len(samples), -1).clone(),
+            scene_BT,
             0,
             None if present_B.all() else present_B,
         )
+
+    def _sound_scenes_of(self, sample: Sample, counts: Sequence[int], span_T2: Tensor) -> Tensor:
+        """The shot of each sound latent of a sample, (T,): a row's own scenes only where it was encoded as a
+        whole."""
+        if len(counts) == 1 and not self._cache.bucket_of(sample[0].row).shots:
+            return self._scenes_at([sample[0].row], span_T2[None])[0]
+        return torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
 
     def _sound_reference(self, x_BTC: Tensor, present_B: Tensor | None, rows: Sequence[int]) -> Latents:
         spec, latents = self._audio_spec, x_BTC.shape[1]

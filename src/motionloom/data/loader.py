@@ -58,7 +58,7 @@ class Loader:
         self._cache, self._recipe, self._split = cache, recipe, split
         self._rank, self._world = rank, world
         self._told: list[BucketReport] = []
-        self._rows = self._usable(heldout_clips(cache.clips, recipe.train.heldout_fraction))
+        self._rows = self._of_split(self._usable())
         self._captions = Captions(cache, recipe, self.row_numbers())
         self._collate = Collate(cache, recipe, self._captions.scene_frames)
         size = recipe.train.batch_size
@@ -69,20 +69,36 @@ class Loader:
             self._in_pass = {name: len(samples) for name, samples in groups.items()}
             self._passes = list(one_pass(groups, size, rank, world))
 
-    def _usable(self, heldout: set[str]) -> dict[Bucket, NDArray[np.int64]]:
-        """Rows of the split by bucket; sound alone is none for a recipe without sound."""
-        wanted = np.array([(clip in heldout) == (self._split == "heldout") for clip in self._cache.clips])
+    def _usable(self) -> dict[Bucket, NDArray[np.int64]]:
+        """Rows by bucket that have what the plan needs: a picture, or for a plan of sound alone, sound."""
+        modalities = self._recipe.plan.modalities
         found: dict[Bucket, NDArray[np.int64]] = {}
         for bucket, every in self._cache.buckets.items():
-            rows = every[wanted[every]]
-            if bucket.is_sound and not self._recipe.audio.enabled and len(rows):
-                why = "sound alone, and audio.enabled is false"
-                self._told.append(BucketReport(str(bucket), len(rows), 0.0, len(rows), why))
-            elif len(rows):
-                found[bucket] = rows
-        if not found and self._told:
-            raise UserError(f"{self._cache.path}: holds sound alone: set audio.enabled to true")
+            if "video" in modalities:
+                lacks = np.full(len(every), bucket.is_sound)
+                why = "sound alone, and plan.modalities has video"
+            else:
+                lacks = np.array(self._cache.silent(every))
+                why = "silent, and plan.modalities has no video"
+            if lost := int(lacks.sum()):
+                self._told.append(BucketReport(str(bucket), lost, 0.0, lost, why))
+            if not lacks.all():
+                found[bucket] = every[~lacks]
+        if not found:
+            raise UserError(
+                f"{self._cache.path}: no clip can be used: all are {self._told[0].why}; "
+                "change plan.modalities, or make a cache of other clips"
+            )
         return found
+
+    def _of_split(self, rows_of: dict[Bucket, NDArray[np.int64]]) -> dict[Bucket, NDArray[np.int64]]:
+        """Those of the split, which is drawn among what can be used: no side loses its last clip."""
+        clips = self._cache.clips
+        usable = [clips[row] for rows in rows_of.values() for row in rows]
+        heldout = heldout_clips(usable, self._recipe.train.heldout_fraction)
+        wanted = np.array([(clip in heldout) == (self._split == "heldout") for clip in clips])
+        found = {bucket: rows[wanted[rows]] for bucket, rows in rows_of.items()}
+        return {bucket: rows for bucket, rows in found.items() if len(rows)}
 
     def _training(self, batch: int) -> Samples:
         stories, spec, seed = self._recipe.stories, self._cache.identity.spec, self._recipe.seed
@@ -119,13 +135,18 @@ class Loader:
         return sorted(int(row) for rows in self._rows.values() for row in rows)
 
     def fingerprint(self) -> str:
-        """Digest of all that decides which clips batch n holds; a resumed run must find it unchanged."""
+        """Digest of all that decides which clips batch n holds, and of the files that what stands beside them
+        was made of; a resumed run must find it unchanged."""
         facts: list[Any] = [self._recipe.seed, self._recipe.train.batch_size * self._world, self._split]
         stories = self._recipe.stories
         # Recipes that have none of it keep the fingerprint that they had before there was such a thing.
         facts += [stories.model_dump()] if stories != type(stories)() else []
         beside = (self._recipe.audio, self._recipe.references, self._recipe.masks)
         facts += [section.model_dump() for section in beside if section.enabled]
+        if any(section.enabled for section in beside):
+            numbers = self.row_numbers()
+            facts.append(self._cache.stamps(numbers))
+            facts += [self._cache.reference_captions(numbers)] if self._recipe.references.enabled else []
         digest = hashlib.sha256(repr([*facts, self._cache.identity.fingerprint]).encode())
         for bucket, rows in self._rows.items():
             digest.update(str(bucket).encode())

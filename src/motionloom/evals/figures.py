@@ -61,16 +61,24 @@ def bootstrap(
 
 @dataclass(frozen=True)
 class Target:
-    """What a figure should reach: at least, or (``least`` False) at most, ``value``."""
+    """What a figure should reach: at least, or (``least`` False) at most, ``value``.
+
+    ``floor``: what one that is bounded above may not fall below, where too little is as wrong as too much.
+    """
 
     value: float
     least: bool = True
+    floor: float | None = None
 
     def met(self, mean: float) -> bool:
         """Whether a mean reaches it."""
-        return mean >= self.value if self.least else mean <= self.value
+        if self.least:
+            return mean >= self.value
+        return mean <= self.value and (self.floor is None or mean >= self.floor)
 
     def __str__(self) -> str:
+        if self.floor is not None:
+            return f"{self.floor:g} .. {self.value:g}"
         return f"{'≥' if self.least else '≤'} {self.value:g}"
 
 

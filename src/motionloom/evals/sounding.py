@@ -1,9 +1,10 @@
 """Sound against picture and against the caption, in ShapeWorld: does the pitch follow the height, does the
 click fall on the bounce.
 
-Protocol ``sound-v1``. Clips are judged scene by scene and counted with the mean of their scenes. ``pitch
+Protocol ``sound-v2``. Clips are judged scene by scene and counted with the mean of their scenes. ``pitch
 follows height`` is the correlation of the object's height by eye and by ear, over scenes in which it moves up
-or down. ``clicks within 1 frame`` is the share of bounces and clicks that are each other's, over scenes that
+or down, should as captioned, or is heard to: where it then stands still, or is not to be seen, the scene
+counts 0. ``clicks within 1 frame`` is the share of bounces and clicks that are each other's, over scenes that
 have any, but for objects that circle, whose lowest point looks like a bounce. ``motion heard`` needs no
 picture: what the sound alone says of the motion, against the caption.
 
@@ -19,11 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from motionloom.data.shapeworld import Heard, World, hear
-from motionloom.data.shapeworld.sound_oracle import LEAST_SECONDS, sound_agrees
+from motionloom.data.shapeworld.sound_oracle import LEAST_SECONDS, LEAST_SPREAD, sound_agrees
 from motionloom.evals.asked import Sample, Video
 from motionloom.evals.figures import Report, Target, summarise
 
-PROTOCOL = "sound-v1"
+PROTOCOL = "sound-v2"
 TARGETS = {"pitch follows height": Target(0.9), "clicks within 1 frame": Target(0.85)}
 SOUNDS_LIKE = {"up": "rise", "down": "fall", "bounce": "bounce", "circle": "wave"}  # all others: level
 LEAST_RISE = 0.14  # in frame heights, over the scene
@@ -61,12 +62,15 @@ def _row(sample: Sample, world: World) -> dict[str, float | None]:
     for (video, sound), what in zip(_scenes(sample), facts, strict=True):
         wanted = SOUNDS_LIKE.get(what.objects[0].motion, "level")
         enough = sound.shape[1] >= LEAST_SECONDS * sample.rate + 1
-        heard = heard_motion(hear(sound, sample.rate)) if enough else "silence"
+        tones = hear(sound, sample.rate) if enough else None
+        heard = heard_motion(tones) if tones else "silence"
         row: dict[str, float | None] = {"motion heard": float(heard == wanted)}
         if len(video):
             both = sound_agrees(video, sound, sample.rate, sample.fps, world)
             either = both.bounces + both.clicks - both.matched
-            row["pitch follows height"] = both.correlation
+            moves = wanted != "level" or (tones is not None and _heard_to_move(tones))
+            unseen = 0.0 if moves and _comparable(len(video), sample.fps) else None
+            row["pitch follows height"] = unseen if both.correlation is None else both.correlation
             row["height error"] = both.error if heard != "silence" else None
             if wanted != "wave":
                 row["clicks within 1 frame"] = both.matched / either if either else None
@@ -78,6 +82,18 @@ def _row(sample: Sample, world: World) -> dict[str, float | None]:
         known = [value for value in values if value is not None]
         means[name] = sum(known) / len(known) if known else None
     return means
+
+
+def _heard_to_move(tones: Heard) -> bool:
+    height_T = tones.height_T[tones.pitch_T > 0]
+    return len(height_T) >= 3 and float(height_T.std()) >= LEAST_SPREAD
+
+
+def _comparable(frames: int, fps: float) -> bool:
+    """Whether three frames fall where sound of the scene's own length can be heard."""
+    at_F = np.arange(frames) / fps
+    inside = (at_F >= LEAST_SECONDS / 2) & (at_F <= frames / fps - LEAST_SECONDS / 2)
+    return int(inside.sum()) >= 3
 
 
 def _scenes(sample: Sample) -> Iterator[tuple[Video, NDArray[np.float32]]]:

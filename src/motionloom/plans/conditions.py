@@ -139,7 +139,8 @@ def _spatial_crop(c: language.SpatialCrop, sample: Sample, modality: str, draws:
     down, right = geometry.pixels_per_cell
     if c.region is not None:
         top, left, bottom, bound = c.region
-        _inside(c.region, rows * down, columns * right)
+        if draws.generator is None:  # while training, buckets may differ in size
+            _inside(c.region, rows * down, columns * right)
         row_R = torch.arange(rows, device=geometry.device)
         column_C = torch.arange(columns, device=geometry.device)
         row_ok = (row_R * down >= top) & ((row_R + 1) * down <= bottom)

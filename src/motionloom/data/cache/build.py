@@ -210,7 +210,9 @@ def source_stamp(entry: ManifestEntry, beside: Sequence[str] = ()) -> str:
     """
     files = [_files_facts([file]) for file in entry.files(*beside)]
     times = [(scene.start, scene.end) for scene in entry.scenes]
-    part = [entry.start, entry.end, entry.fps if entry.path.is_dir() else None, times]
+    part: list[Any] = [entry.start, entry.end, entry.fps if entry.path.is_dir() else None, times]
+    if entry.scenes and "reference" in beside and entry.reference is not None:
+        part.append("reference in step with its shots")  # those of before there was such a care are made anew
     # A clip of one file keeps the stamp that it had when there was nothing beside it.
     facts: Any = files[0] if len(files) == 1 else [files, [str(file) for file in entry.files(*beside)]]
     return hashlib.blake2b(json.dumps([facts, part]).encode(), digest_size=16).hexdigest()

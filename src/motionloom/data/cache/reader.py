@@ -182,6 +182,14 @@ class Cache:
         """Whether a clip has more than one shot."""
         return any(len(frames) > 1 for frames in self._values("scene_frames"))
 
+    def stamps(self, numbers: Iterable[int]) -> list[str]:
+        """What changes with the files that each row was made of, those beside it as well."""
+        return [self._values("stamp")[n] for n in numbers]
+
+    def silent(self, numbers: Iterable[int]) -> list[bool]:
+        """Of each row whether it has no sound."""
+        return [not (self.has_sound and self._values("sound_latents")[n]) for n in numbers]
+
     def sounds(self, numbers: Sequence[int]) -> list[list[NDArray[np.float16]] | None]:
         """Sound latents (T, C) of each part that was encoded alone (the shots, or the clip as a whole); None
         for a silent clip."""

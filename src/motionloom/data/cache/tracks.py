@@ -87,7 +87,7 @@ def read_tracks(
     sound, early = _sound(recipe, entry, shots) if recipe.audio.enabled else (None, False)
     pixels = heard = mask = None
     if recipe.references.enabled and entry.reference is not None:
-        pixels, heard = _reference(recipe, entry, entry.reference, bucket, offset)
+        pixels, heard = _reference(recipe, entry, entry.reference, bucket, shots, offset)
     if recipe.masks.enabled and entry.mask is not None and not bucket.is_sound:
         mask = _mask(recipe, entry, entry.mask, bucket, shots, offset)
     return Tracks(sound, early, pixels, heard, mask)
@@ -130,62 +130,114 @@ def _sound_of(recipe: Recipe, entry: ManifestEntry, shot: Shot) -> np.ndarray | 
 
 
 def _reference(
-    recipe: Recipe, entry: ManifestEntry, path: Path, bucket: Bucket, offset: tuple[float, float]
+    recipe: Recipe,
+    entry: ManifestEntry,
+    path: Path,
+    bucket: Bucket,
+    shots: Sequence[Shot],
+    offset: tuple[float, float],
 ) -> tuple[Tensor | None, Tensor | None]:
     """(pixels, sound) of a reference: of a sound file the one, of a silent clip the other."""
     if is_sound(path):
         if not recipe.references.audio:
             what, fix = f"its reference {path} is a sound", "set references.audio to true"
             raise MediaError(entry.id, what, fix, "bad reference")
-        return None, _reference_sound(recipe, entry, path, bucket)
+        return None, _reference_sound(recipe, entry, path, shots)
     if bucket.is_sound:
         what, fix = f"is sound, and its reference {path} is not", "name a sound file as its reference"
         raise MediaError(entry.id, what, fix, "bad reference")
     heard = None
     if recipe.references.audio and path.suffix.lower() in VIDEO_SUFFIXES:
-        heard = _reference_sound(recipe, entry, path, bucket)
-    return _reference_pixels(recipe, entry, path, bucket, offset), heard
+        heard = _reference_sound(recipe, entry, path, shots)
+    return _reference_pixels(recipe, entry, path, bucket, shots, offset), heard
+
+
+def _begins(entry: ManifestEntry, shots: Sequence[Shot]) -> list[float]:
+    """Where each shot begins on the clock of the reference: that of the clip's file, and of scenes of several
+    files their own, end to end."""
+    if not entry.of_several_files:
+        return [shot.begin for shot in shots]
+    lasts = [scene.end - scene.start for scene in entry.scenes]
+    return [sum(lasts[:number]) for number in range(len(shots))]
 
 
 def _reference_pixels(
-    recipe: Recipe, entry: ManifestEntry, path: Path, bucket: Bucket, offset: tuple[float, float]
+    recipe: Recipe,
+    entry: ManifestEntry,
+    path: Path,
+    bucket: Bucket,
+    shots: Sequence[Shot],
+    offset: tuple[float, float],
 ) -> Tensor:
-    """Every ``frame_stride``-th moment of the clip, as far as the reference goes; a still is held."""
+    """Every ``frame_stride``-th moment of the clip, as far as the reference goes; a still is held.
+
+    Shots lose what fills no latent frame: the reference loses it with them.
+    """
     down, stride = recipe.references.downscale, recipe.references.frame_stride
-    read = read_clip(
-        path,
-        start=entry.start,
-        frames=math.ceil(bucket.frames / stride),
-        fps=cached_fps(recipe) / stride,
-        size=(bucket.height // down, bucket.width // down),
-        crop=offset,
-        background=recipe.preprocess.background,
-        source_fps=entry.fps,
-        short="trim",
-    )
+    fps = cached_fps(recipe)
+    picture = probe(path, fps=entry.fps).kind == "image"
+    seen: list[Tensor] = []
+    before = 0
+    for shot, begin in zip(shots, _begins(entry, shots), strict=True):
+        late = -before % stride  # frames from the shot's first to the first moment that is taken
+        before += shot.frames
+        if (count := math.ceil((shot.frames - late) / stride)) <= 0:
+            continue
+        try:
+            read = read_clip(
+                path,
+                start=begin + late / fps,
+                frames=count,
+                fps=fps / stride,
+                size=(bucket.height // down, bucket.width // down),
+                crop=offset,
+                background=recipe.preprocess.background,
+                source_fps=entry.fps,
+                short="trim",
+            )
+        except MediaError as error:
+            if seen and error.kind == "start after the end":
+                break
+            raise
+        seen.append(torch.from_numpy(read.video_FHW3))
+        if picture or len(read.video_FHW3) < count:
+            break
+    return _filling(recipe, entry, path, torch.cat(seen))
+
+
+def _filling(recipe: Recipe, entry: ManifestEntry, path: Path, pixels_PHW3: Tensor) -> Tensor:
+    """As many frames of a reference as fill latent frames."""
     spec, patch = asked_spec(recipe), recipe.model.patch[0]
-    pixels = torch.from_numpy(read.video_FHW3)
-    has, needs = len(pixels), spec.pixel_frames(patch)
+    has, needs = len(pixels_PHW3), spec.pixel_frames(patch)
     if has == 1 and needs > 1:
-        return pixels.repeat(needs, 1, 1, 1)
+        return pixels_PHW3.repeat(needs, 1, 1, 1)
     whole = whole_frames(spec, has, patch)
     if not whole:
-        what = f"its reference {path} is too short: {has} of {needs} frames at {read.fps:g} a second"
+        rate = cached_fps(recipe) / recipe.references.frame_stride
+        what = f"its reference {path} is too short: {has} of {needs} frames at {rate:g} a second"
         raise MediaError(entry.id, what, "name a longer one, or a picture", "bad reference")
-    return pixels[:whole]
+    return pixels_PHW3[:whole]
 
 
-def _reference_sound(recipe: Recipe, entry: ManifestEntry, path: Path, bucket: Bucket) -> Tensor | None:
-    """As much of a reference's sound as the clip lasts; None for a silent one."""
-    seconds = bucket.frames / cached_fps(recipe)
-    try:
-        sound = read_sound(path, recipe.audio.sample_rate, start=entry.start, seconds=seconds)
-    except MediaError as error:
-        if error.kind == "no sound" and not is_sound(path):
-            return None
-        raise
-    latent = recipe.audio.sample_rate / recipe.audio.latents_per_second
-    if sound.shape[1] < latent:
+def _reference_sound(
+    recipe: Recipe, entry: ManifestEntry, path: Path, shots: Sequence[Shot]
+) -> Tensor | None:
+    """As much of a reference's sound as the clip lasts, in step with its shots; None for a silent one."""
+    rate, fps = recipe.audio.sample_rate, cached_fps(recipe)
+    parts: list[np.ndarray] = []
+    for shot, begin in zip(shots, _begins(entry, shots), strict=True):
+        try:
+            part_SN = read_sound(path, rate, start=begin, seconds=shot.frames / fps)
+        except MediaError as error:
+            if error.kind == "no sound" and not is_sound(path):
+                return None
+            raise
+        if part_SN.shape[1]:
+            parts.append(part_SN)
+        if part_SN.shape[1] < round(shot.frames / fps * rate):
+            break
+    sound = np.concatenate(parts, axis=1) if parts else np.zeros((1, 0), np.float32)
+    if sound.shape[1] < rate / recipe.audio.latents_per_second:
         what = f"the sound of its reference {path} is shorter than a latent"
         raise MediaError(entry.id, what, "name a longer one", "bad reference")
     return torch.from_numpy(sound)
