@@ -35,7 +35,7 @@ copies whole rows."""
 Past = Pair | tuple[()]
 """What a block is given: the keys and values before its own, rotated, or nothing yet."""
 Fields = Mapping[str, Tensor]
-"""Facts of each token by name, (B or 1, N, ...). The first column of ``position`` and of ``index`` is time."""
+"""Facts of each token by name, (B or 1, N, ...); the first column of ``position`` and ``index`` is time."""
 Turn = Callable[[str, Tensor], Tensor]
 """(modality, keys (B, P, H, D)) -> the keys as attention wants them: rotated to where the past stands."""
 Positions = Literal["absolute", "relative"]

@@ -66,7 +66,6 @@ class TokenizerSpec:
         later = 1 + (index - 0.5) * self.temporal
         return torch.where(index == 0, 0.5, later) / fps
 
-
     def spans(self, latent_frames: int, fps: float) -> Tensor:
         """Beginning and end of each latent frame in seconds from the clip's start, (F, 2) float32."""
         ends = torch.tensor([self.pixel_frames(n) for n in range(1, latent_frames + 1)], dtype=torch.float32)
