@@ -20,7 +20,6 @@ from motionloom.methods import Denoise
 from motionloom.plans import TextToVideo
 from motionloom.text import load_text_encoder
 from motionloom.text.hash import HashEncoder
-from motionloom.tokenizers.base import TokenizerSpec
 from motionloom.train import checkpoint
 from motionloom.train.checkpoint import Contents
 from motionloom.train.tensors import TensorFile
@@ -323,7 +322,7 @@ def test_a_checkpoint_carries_its_text_encoder(tmp_path: Path) -> None:
     recipe = toy_recipe(max_steps=5, lr=0.1)
     encoder = HashEncoder(4, 64, 5, seed=recipe.seed, trainable=True)
     before = encoder.words.weight.detach().clone()
-    method = Denoise(recipe, ToyBackbone(), TextToVideo(), TokenizerSpec(3, 8, 4), encoder)
+    method = Denoise(recipe, ToyBackbone(), TextToVideo(), encoder)
     trainer = toy_trainer(recipe, tmp_path, method=method, folders={"text_encoder": encoder})
     folder = trainer.fit().checkpoint
     back = load_text_encoder(folder / "text_encoder")

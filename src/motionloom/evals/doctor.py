@@ -53,6 +53,7 @@ CAPTIONS = (
     "a small red circle moves left on a dark background",
     "two large green cats sleep under the very light tree",
 )
+CROSSING = (".av_", "a2v", "v2a", "cross", "audio_to_video", "video_to_audio")
 OF_SOUND = ("audio", ".av_", "a2v", "v2a")
 """In the names of parameters that are idle without a stream of sound."""
 HOPS = {1: 1, 2: 3}
@@ -291,7 +292,7 @@ class Doctor:
         if len(self.sample.tracks) > 1:
             return False
         of_sound = any(mark in name for mark in OF_SOUND)
-        crosses = ".av_" in name or "a2v" in name or "v2a" in name or "cross" in name
+        crosses = any(mark in name for mark in CROSSING)
         return of_sound if self.main == "video" else not of_sound or crosses
 
     def _without_gradient(self, named: dict[str, nn.Parameter]) -> list[str]:
