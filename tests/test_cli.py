@@ -370,7 +370,7 @@ MISTAKES = [
     ("cache quickstart --manifest worlds/small/manifest.jsonl --out a_file", "a_file: is a file"),
     ("data shapeworld --out worlds/small --seed 9", "another world, seed or quality"),
     ("data shapeworld --out x --frames 2", "motions need at least 4"),
-    ("data shapeworld --out x --world round", "choose full or quickstart"),
+    ("data shapeworld --out x --world round", "choose full, quickstart, modes"),
     ("data shapeworld --out x --split half", "choose train, test or all"),
     ("data shapeworld --out a_file/x", "a_file"),
     ("data ingest nowhere", "nowhere"),
