@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from motionloom.config.conditions import FirstFrame, Scene
@@ -28,6 +29,9 @@ from motionloom.plans import (
     to_streams_at,
 )
 from motionloom.rng import torch_generator
+
+# Toys gain nothing from threads, and lose much when other programs keep the cores busy.
+torch.set_num_threads(1)
 
 FIRST_FRAME = TextToVideo(Conditions((FirstFrame(),)))
 """Every clip has its first frame given."""

@@ -34,7 +34,7 @@ from motionloom.config.conditions import (
     Whole,
 )
 from motionloom.config.recipe import ModelConfig, Recipe
-from motionloom.data.batch import Batch, Latents
+from motionloom.data.batch import Batch, Latents, move_tensors
 from motionloom.data.sample import batch_sample
 from motionloom.errors import UserError
 from motionloom.flow import LINEAR, Guidance, Term
@@ -1143,6 +1143,52 @@ def test_a_plan_without_conditions_keeps_one_level_and_no_mask() -> None:
         assert len(streams["video"].level_BN) == 1
         assert streams["text"].sigma_BK is streams["video"].sigma_BK
         assert streams["video"].valid_BN is None
+
+
+@every_plan
+def test_a_training_step_never_waits_for_the_device(plan: str) -> None:
+    """On a device without values every read of one is an error, and so are tensors left behind."""
+    conditions = (
+        FirstFrame(probability=0.5),
+        Keyframes(times=(0.0, 1.2)),
+        Keyframes(count=(1, 2)),
+        Prefix(frames=(3, 9), noise=0.2),
+        Prefix(),
+        Suffix(seconds=0.5, strength=0.4),
+        SpatialCrop(region=(0, 0, 8, 8)),
+        SpatialCrop(),
+        Mask(),
+        Mask(masks="data"),
+        Mask(modality="audio"),
+        Scene(scenes="some"),
+        Scene(scenes="all_but_one"),
+        Scene(scenes=(0,)),
+        Whole(probability=0.2),
+        Reference(noise=0.3, probability=0.5),
+        Reference(modality="audio"),
+    )
+
+    def away(t: Tensor) -> Tensor:
+        return t.to("meta")
+
+    here = asked(True)
+    sample = Sample(
+        {m: move_tensors(g, away) for m, g in here.tracks.items()},
+        {m: tuple(move_tensors(g, away) for g in all_of) for m, all_of in here.references.items()},
+        {m: away(mask) for m, mask in here.masks.items()},
+        FPS,
+    )
+    layout = PLANS[plan].layout(sample, move_tensors(words(len(SHOTS)), away), drawn(sample, *conditions))
+    clean = {m: away(x) for m, x in tokens(here, "clean").items()}
+    references = {
+        m: tuple(away(torch.zeros(2, g.grid[0], g.cells, clean[m].shape[-1])) for g in all_of)
+        for m, all_of in sample.references.items()
+    }
+    sigma = {m: track.sigmas(away(torch.zeros(2, track.num_draws))) for m, track in layout.tracks.items()}
+    text = move_tensors(words(len(SHOTS)), away)
+    streams = to_streams(layout, Values(clean, references), clean, sigma, text, LINEAR.mix)
+    held = [t for s in streams.values() for t in (*vars(s).values(), s.sigma_BN, s.index_BN3)]
+    assert {t.device.type for t in held if isinstance(t, Tensor)} == {"meta"}
 
 
 # --- from the cache and guided by conditions ----------------------------------------------------------------
