@@ -204,7 +204,7 @@ CASES: dict[str, Callable[[Setting], Case]] = {
         s, (Suffix(frames=8), lambda v: Source(v[:, -8:]), _frames("suffix", (9, 17)))
     ),
     "outpaint": lambda s: _given(
-        s, (SpatialCrop(region=(0, 8, 32, 32)), Source, Given("spatial_crop", region=(0, 8, 32, 32)))
+        s, (SpatialCrop(region=(0, 16, 32, 32)), Source, Given("spatial_crop", region=(0, 16, 32, 32)))
     ),
     "inpaint": lambda s: _masked(s, slice(1, 3), slice(1, 3)),
     "gap": lambda s: _masked(s, slice(None), slice(None), slice(2, 4)),

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
-
 from motionloom.data.batch import Batch, Latents
 from motionloom.errors import UserError
-from motionloom.nn.patching import patchify
+from motionloom.nn.patching import patchify_mask
 from motionloom.plans.geometry import Geometry, Sample, token_geometry
 
 ONE_CELL = (1, 1, 1)
@@ -41,13 +39,8 @@ def batch_sample(batch: Batch, patch: tuple[int, int, int], fps: float, modaliti
         m: tuple(_geometry(one, _patch(m, patch), len(batch.ids), 1) for one in batch.references.get(m, ()))
         for m in modalities
     }
-    masks = {m: token_mask(mask, _patch(m, patch)) for m, mask in batch.masks.items() if m in tracks}
+    masks = {m: patchify_mask(mask, _patch(m, patch)) for m, mask in batch.masks.items() if m in tracks}
     return Sample(tracks, references, masks, fps)
-
-
-def token_mask(mask_BFHW: Tensor, patch: tuple[int, int, int]) -> Tensor:
-    """bool latent cells -> tokens (B, F, S): a token is given only if all its cells are."""
-    return patchify(mask_BFHW[..., None].float(), patch).amin(dim=-1) > 0
 
 
 def _patch(modality: str, patch: tuple[int, int, int]) -> tuple[int, int, int]:

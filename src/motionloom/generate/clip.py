@@ -22,7 +22,7 @@ from motionloom.generate.guided import recipe_guidance
 from motionloom.generate.model import Model
 from motionloom.generate.rollout import Sampling, Task, rollout
 from motionloom.generate.sources import Source, as_long, source_values
-from motionloom.nn.patching import patchify, unpatchify
+from motionloom.nn.patching import patchify_mask, unpatchify
 from motionloom.plans import NOTHING, Conditions, Geometry, Given, Sample, Text, Values, as_shown
 from motionloom.rng import torch_generator
 from motionloom.tokenizers import decode_scenes, scene_sound
@@ -235,8 +235,7 @@ def with_sources(model: Model, sample: Sample, conditions: Conditions, sources: 
         kind, m = condition.type, condition.modality
         if kind == "mask" and source.mask_BFhw is not None:
             patch = model.patch if m == "video" else (1, 1, 1)
-            mask_BFS = patchify(source.mask_BFhw[..., None].float(), patch).amin(dim=-1) > 0
-            masks[m] = mask_BFS.to(model.device)
+            masks[m] = patchify_mask(source.mask_BFhw, patch).to(model.device)
         if kind == "reference":
             references[m] = (*references.get(m, ()), _reference_geometry(model, sample, source, m))
     return replace(sample, masks=masks, references=references)

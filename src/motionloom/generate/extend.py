@@ -34,7 +34,7 @@ from motionloom.generate.clip import (
 )
 from motionloom.generate.model import Model
 from motionloom.generate.rollout import Sampling, Task, Tokens, rollout
-from motionloom.plans import Geometry, Given, Kind, Marks, Sample, Text, Values
+from motionloom.plans import Geometry, Given, Kind, Marks, Sample, StreamedPlan, Text, Values
 from motionloom.rng import torch_generator
 
 
@@ -98,7 +98,7 @@ def extend_clip(
         UserError: as ``generate``; more kept than a round can hold; scenes; a plan of chunks, whose clips may
             be of any length as they are.
     """
-    if model.recipe.plan.type == "chunks":
+    if isinstance(model.plan, StreamedPlan):
         raise UserError("extend: a plan of chunks goes on by itself: ask for more frames instead")
     if request.scenes:
         raise UserError("extend goes on with one scene: list more scenes instead")

@@ -14,7 +14,14 @@ from motionloom.errors import UserError
 from motionloom.generate.sources import Coders
 from motionloom.plans import Geometry, Plan, Sample, Text, token_geometry
 from motionloom.text.base import TextEncoder, encode_scenes
-from motionloom.tokenizers import VAES, Tokenizer, latent_scenes, scene_seconds, scene_sound, scene_spans
+from motionloom.tokenizers import (
+    Tokenizer,
+    latent_scenes,
+    scene_seconds,
+    scene_sound,
+    scene_spans,
+    shots_alone,
+)
 from motionloom.tokenizers.audio import AudioTokenizer
 
 
@@ -94,7 +101,7 @@ class Model:
 
     def shots_alone(self, count: int) -> bool:
         """Whether each of so many shots is coded as a clip of its own, as training had them."""
-        return count > 1 and (self.recipe.plan.type == "scenes" or self.recipe.tokenizer.type in VAES)
+        return count > 1 and shots_alone(self.recipe)
 
     def sample(self, shots: Sequence[int], height: int, width: int, fps: float, batch: int) -> Sample:
         """The sample of clips of so many pixel frames per shot and so many pixels: all their tokens' places.

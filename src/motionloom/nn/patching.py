@@ -29,3 +29,8 @@ def unpatchify(tokens_BFSC: Tensor, grid: Triple, patch: Triple) -> Tensor:
 
 def _volume(patch: Triple) -> int:
     return patch[0] * patch[1] * patch[2]
+
+
+def patchify_mask(mask_BFHW: Tensor, patch: Triple) -> Tensor:
+    """bool latent cells -> tokens (B, F, S): True only for tokens all of whose cells are."""
+    return patchify(mask_BFHW[..., None], patch).all(dim=-1)

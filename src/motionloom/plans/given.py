@@ -45,8 +45,11 @@ class Marks:
     @property
     def made_BN(self) -> Tensor:
         """True for tokens that are made, hints among them."""
-        exact_G = torch.tensor([False, *(kind.strength == 1 for kind in self.kinds)])
-        return ~exact_G.to(self.kind_BN.device)[self.kind_BN]
+        made_BN = torch.ones_like(self.kind_BN, dtype=torch.bool)
+        for i, kind in enumerate(self.kinds):
+            if kind.strength == 1:
+                made_BN = made_BN & (self.kind_BN != i + 1)
+        return made_BN
 
     def part(self, tokens: slice) -> Marks:
         """Of some of the tokens."""

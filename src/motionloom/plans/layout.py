@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -86,11 +87,17 @@ class Track:
         sigma_BK = torch.stack(columns, dim=1)
         return sigma_BK if self.fixed_BK is None else sigma_BK + self.fixed_BK
 
-    @property
+    @cached_property
     def speed_BN(self) -> Tensor:
         """How much of the solver's step each token of the clip takes, (B or 1, F x S): 1 made, 0 given."""
-        scale_K = torch.tensor([0.0 if lv.draw is None else lv.scale for lv in self.levels])
-        return scale_K.to(self.level_BN.device)[self.target(self.level_BN)]
+        level_BN = self.target(self.level_BN)
+        # Level by level, since a table of them would be a copy to the device, which waits for it.
+        speed_BN = torch.ones_like(level_BN, dtype=torch.float32)
+        for i, level in enumerate(self.levels):
+            scale = 0.0 if level.draw is None else level.scale
+            if scale != 1.0:
+                speed_BN = torch.where(level_BN == i, scale, speed_BN)
+        return speed_BN
 
     def target(self, t_BN: Tensor) -> Tensor:
         """The clip's part of a fact of the sequence's tokens: context always stands before it."""
