@@ -23,7 +23,6 @@ import motionloom.cli.generate as command
 from cached import make_clip
 from motionloom.cli.assemble import fresh_model
 from motionloom.cli.main import main
-from motionloom.cli.request import Prepared, prepare
 from motionloom.config import Recipe, load_recipe
 from motionloom.config.conditions import CONDITIONS
 from motionloom.config.request import Request, parse_request, read_request
@@ -34,6 +33,7 @@ from motionloom.generate import Clip, Model
 from motionloom.generate.clip import task_of
 from motionloom.generate.extend import Memory, chosen, windows
 from motionloom.plans import Streams, Visibility
+from motionloom.requests import Prepared, prepare
 from motionloom.rng import numpy_rng, torch_generator
 from toy_model import altered
 
@@ -264,7 +264,7 @@ def test_options_go_before_a_file(opened: None, files: Path, monkeypatch: pytest
         "conditions: [{type: first_frame, source: dog.png}]\n"
     )
     heard: list[Any] = []
-    monkeypatch.setattr("motionloom.cli.request.prepare", lambda model, wish: heard.append(wish) or 1 / 0)
+    monkeypatch.setattr("motionloom.requests.prepare", lambda model, wish: heard.append(wish) or 1 / 0)
     with pytest.raises(ZeroDivisionError):
         call(
             *("generate", "video", "--request", "both.yaml", "--out", "out"),

@@ -12,8 +12,8 @@ from motionloom.cli.console import Out, new_folder
 from motionloom.errors import UserError
 
 if TYPE_CHECKING:
-    from motionloom.cli.request import Prepared
     from motionloom.generate import Model
+    from motionloom.requests import Prepared
 
 
 def run(
@@ -33,11 +33,10 @@ def run(
         request: a file with one.
         loras: files to add, each with ``:strength`` or without.
     """
-    from motionloom.cli import written
     from motionloom.cli.assemble import open_model
     from motionloom.cli.lora import into_weights
-    from motionloom.cli.request import prepare
     from motionloom.config.request import parse_request, read_tree
+    from motionloom.requests import prepare, written
 
     tree = joined(read_tree(request), options) if request is not None else options
     wish = parse_request(tree, "" if request is None else str(request))

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from motionloom.cli import written
 from motionloom.cli.assemble import Parts
-from motionloom.cli.request import Prepared, prepare
 from motionloom.config.request import Request, parse_request, read_request
 from motionloom.data.sheets import contact_sheet
 from motionloom.generate import Clip, Model
+from motionloom.requests import Prepared, prepare, written
 from motionloom.train.loop import Weights
 
 

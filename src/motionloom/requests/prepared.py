@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from motionloom.cli.sources import Given, Reader, disagreement
 from motionloom.config.guidance import ConditionScale
 from motionloom.config.misfits import neighbours
 from motionloom.config.recipe import Recipe
@@ -25,6 +24,7 @@ from motionloom.errors import UserError
 from motionloom.generate import Clip, ClipRequest, Model, Sampling, generate, recipe_sampling
 from motionloom.generate.clip import Progress
 from motionloom.generate.extend import Extension, Memory, expand_scenes, extend_clip, most_kept
+from motionloom.requests.sources import Given, Reader, disagreement
 from motionloom.tokenizers import TokenizerSpec
 
 Make = Callable[..., Iterator[Clip]]

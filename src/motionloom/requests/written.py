@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from motionloom.cli.request import Prepared
-from motionloom.cli.sources import Given
 from motionloom.config.request import Request
 from motionloom.data.media import write_atomic, write_sound, write_video
 from motionloom.data.sheets import contact_sheet
 from motionloom.generate import Clip
+from motionloom.requests.prepared import Prepared
+from motionloom.requests.sources import Given
 
 GIVEN = "given"
 """Folder, beside the clips, of what was handed in: at the clips' size, as many frames as are given."""
