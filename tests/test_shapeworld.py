@@ -27,7 +27,6 @@ from motionloom.data.shapeworld import (
     adherence,
     caption,
     facts,
-    facts_of,
     find_cuts,
     hear,
     oracle,
@@ -696,7 +695,8 @@ def test_dataset_with_references_and_masks(tmp_path: Path, kind: str) -> None:
     for index, entry in enumerate(entries):
         spec = world.sample(0, index)
         assert entry.caption == reference_caption(spec, kind)  # type: ignore[arg-type]
-        assert facts_of(entry.attributes) == facts(spec)
+        shown = tuple(Attributes(**one) for one in entry.attributes["objects"])
+        assert Facts(shown, entry.attributes["background"]) == facts(spec)
         assert entry.reference is not None
         assert entry.mask is not None
         reference = read_clip(entry.reference).video_FHW3

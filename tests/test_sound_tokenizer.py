@@ -262,6 +262,7 @@ def test_what_cannot_be_fitted_is_refused() -> None:
     "audio, said",
     [
         ({"latents_per_second": 24}, "666.667 samples to a latent, .* set audio.sample_rate to 15936"),
+        ({"sample_rate": 1280}, "sample_rate 1280 holds no pitch above 640 Hz, .* set it to 4000 or more"),
         ({"type": "ltx2_audio", "channels": 128}, "set audio.name_or_path to a folder with audio_vae/"),
     ],
 )

@@ -233,6 +233,11 @@ def _audio_misfits(audio: AudioConfig) -> Iterator[str]:
                 "and vocoder/"
             )
         return
+    if audio.sample_rate < 4000:
+        yield (
+            f"audio.sample_rate {audio.sample_rate} holds no pitch above {audio.sample_rate // 2} Hz, and "
+            "spectral listens above 1500 too: set it to 4000 or more"
+        )
     samples, parts = audio.sample_rate / audio.latents_per_second, 8
     if samples % parts:
         near = max(1, round(samples / parts)) * parts

@@ -14,25 +14,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from motionloom.evals.asked import Mask, Sample, Video
 from motionloom.evals.figures import Report, summarise
 
 PROTOCOL = "given-v1"
-
-
-def latents_equal(made_FHWC: Tensor, given_FHWC: Tensor, mask_FHW: Tensor) -> bool:
-    """Whether the given latents stand in the output bit for bit (so -0 is not 0, and NaN is itself)."""
-    assert made_FHWC.shape == given_FHWC.shape
-    assert made_FHWC.dtype == given_FHWC.dtype
-    return bool(torch.equal(_bits(made_FHWC[mask_FHW]), _bits(given_FHWC[mask_FHW])))
-
-
-def _bits(values: Tensor) -> Tensor:
-    return values.contiguous().view(torch.uint8)
 
 
 @dataclass(frozen=True)

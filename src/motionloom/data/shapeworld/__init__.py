@@ -7,7 +7,7 @@ from motionloom.data.shapeworld.beside import (
     reference_video,
     swapped,
 )
-from motionloom.data.shapeworld.captions import Facts, caption, facts, facts_of, parse, prompt
+from motionloom.data.shapeworld.captions import Facts, caption, facts, parse, prompt
 from motionloom.data.shapeworld.dataset import write_dataset
 from motionloom.data.shapeworld.oracle import ObjectReading, Reading, Track, adherence, find_cuts, oracle
 from motionloom.data.shapeworld.render import Rendered, render, render_video
@@ -50,7 +50,6 @@ __all__ = [
     "adherence",
     "caption",
     "facts",
-    "facts_of",
     "find_cuts",
     "hear",
     "oracle",

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from motionloom.data.shapeworld.spec import BACKGROUNDS, COLORS, SHAPES, SIZES, Attributes, ClipSpec
 
@@ -43,18 +41,6 @@ class Facts:
 def facts(spec: ClipSpec) -> Facts:
     """What the clip shows."""
     return Facts(tuple(obj.attributes for obj in spec.objects), spec.background)
-
-
-def facts_of(attributes: Mapping[str, Any]) -> Facts | None:
-    """What a manifest's attributes say of a clip of one scene; None where they are of another world.
-
-    Unlike the caption they say it also where a reference has to show it.
-    """
-    try:
-        objects = tuple(Attributes(**one) for one in attributes["objects"])
-        return Facts(objects, str(attributes["background"]))
-    except (KeyError, TypeError):
-        return None
 
 
 def caption(spec: ClipSpec) -> str:
