@@ -1,4 +1,4 @@
-"""Every way of asking that ``benchmarks/modes.py`` knows is made and judged; figures mean nothing untrained."""
+"""Every way of asking of ``benchmarks/modes.py`` is made and judged; untrained, the figures mean nothing."""
 
 from __future__ import annotations
 
@@ -19,16 +19,29 @@ SECTIONS: dict[str, dict[str, Any]] = {
     "video": {"width": 32, "height": 32, "num_frames": 17},
     "tokenizer": {"latent_f": 8, "latent_t": 4, "latent_d": 48, "first_alone": True},
 }
-GIVEN = "text first_frame first_last keyframes prefix suffix outpaint inpaint gap swap edges".split()
-SCENES = "scenes scenes_unequal scenes_5 expand expand_last".split()
-SOUND = "t2av v2a a2v".split()
+GIVEN = [
+    "text",
+    "first_frame",
+    "first_last",
+    "keyframes",
+    "prefix",
+    "suffix",
+    "outpaint",
+    "inpaint",
+    "gap",
+    "swap",
+    "edges",
+]
+SCENES = ["scenes", "scenes_unequal", "scenes_5", "expand", "expand_last"]
+SOUND = ["t2av", "v2a", "a2v"]
 HEARD = {"audio": {"enabled": True}, "model": {"audio_dim": 12}}
 
 
 @pytest.fixture(scope="module")
 def modes() -> ModuleType:
     spec = importlib.util.spec_from_file_location("modes", FILE)
-    assert spec and spec.loader
+    assert spec
+    assert spec.loader
     module = importlib.util.module_from_spec(spec)
     sys.modules["modes"] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
