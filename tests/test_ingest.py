@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from motionloom.data.ingest import ingest, summary
+from motionloom.data.join import join
 from motionloom.data.manifest import (
     ManifestEntry,
     Scene,
@@ -206,6 +207,25 @@ def test_manifest_round_trip(tmp_path):
     assert [record["path"] for record in records] == ["a.gif", str(outside)]
     (tmp_path / "data").rename(tmp_path / "moved")
     assert read_manifest(tmp_path / "moved" / "manifest.jsonl")[0][0].path == tmp_path / "moved" / "a.gif"
+
+
+def test_manifests_are_joined_and_their_folders_name_the_clips(tmp_path):
+    for folder in ("cats", "dogs"):
+        clip(tmp_path / folder / "clips" / "0.mp4")
+        lines = [
+            {"id": "0", "path": "clips/0.mp4", "caption": folder},
+            {"id": "1", "path": "gone.mp4", "caption": "x"},
+        ]
+        (tmp_path / folder / "manifest.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    manifests = [tmp_path / folder / "manifest.jsonl" for folder in ("cats", "dogs")]
+    entries, problems = join(manifests)
+    assert [(entry.id, entry.caption) for entry in entries] == [("cats/0", "cats"), ("dogs/0", "dogs")]
+    assert problems.lines()[-1].startswith("skipped 2 of 4 clips")
+    assert problems.lines()[0].startswith("cats: manifest.jsonl line 2: /")
+    write_manifest(tmp_path / "both.jsonl", entries)
+    assert read_manifest(tmp_path / "both.jsonl")[0] == entries
+    with pytest.raises(UserError, match="its folder is called cats like that of"):
+        join([manifests[0], manifests[0]])
 
 
 def test_lines_of_other_tools_are_understood(tmp_path):

@@ -117,3 +117,21 @@ def ingest(source: Path, out: Path, keep: list[str], windows: float | None, as_j
         {"manifest": str(out), **counts, "skipped_clips": problems.lines()[:-1]},
         [f"{len(entries)} clips, {problems.skipped} skipped: {out}"],
     )
+
+
+def join(manifests: list[Path], out: Path, as_json: bool) -> None:
+    """Write one manifest of several."""
+    from motionloom.data.join import join as joined
+    from motionloom.data.manifest import write_manifest
+
+    console = Out(as_json)
+    entries, problems = joined(manifests)
+    if len(problems):
+        skipped(console, problems.lines())
+    if not entries:
+        raise UserError(f"{manifests[0]}: no clip can be used; the lines above say why")
+    write_manifest(out, entries)
+    console.result(
+        {"manifest": str(out), "clips": len(entries), "skipped_clips": problems.lines()[:-1]},
+        [f"{len(entries)} clips, {problems.skipped} skipped: {out}"],
+    )

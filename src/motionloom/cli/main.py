@@ -182,6 +182,20 @@ def ingest(
     command.ingest(source, out, keep or [], windows, as_json)
 
 
+@data_app.command(
+    epilog="Example: motionloom data join cats/manifest.jsonl dogs/manifest.jsonl --out both.jsonl"
+)
+def join(
+    manifests: Annotated[list[Path], typer.Argument(metavar="MANIFEST...", help="Which, in which order.")],
+    out: Annotated[Path, typer.Option(help="The manifest to write.")],
+    as_json: Json = False,
+) -> None:
+    """One manifest of several; each one's folder names its clips."""
+    from motionloom.cli import data as command
+
+    command.join(manifests, out, as_json)
+
+
 @app.command(
     epilog="Example: motionloom cache quickstart --manifest worlds/small/manifest.jsonl --out caches/small"
 )
