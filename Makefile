@@ -26,6 +26,7 @@ setup: $(READY)
 $(READY): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "MotionLoom needs Python 3.11 or newer; name one: make PYTHON=python3.12"; exit 1; }
+	@echo "installing MotionLoom and PyTorch into $(VENV): some minutes without a word"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $(READY)

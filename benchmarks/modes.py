@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from motionloom.cli.assemble import load_model
+from motionloom.cli.data import alternatives
 from motionloom.cli.lora import into_weights
 from motionloom.config.conditions import (
     Base,
@@ -246,6 +247,9 @@ def measure(setting: Setting, case: Case, sampling: Sampling, encoder: str) -> d
         found |= {f"as wanted: {name}": rate for name, rate in rates.items()}
     for report in judge(samples, Tools(open_encoder(encoder), setting.world, None, real)):
         found |= {f"{report.kind}: {one.name}": one.interval.mean for one in report.figures}
+        steps = report.details.get("drift", ())
+        last = max((step["scene"] for step in steps), default=0)
+        found |= {f"at the last scene: {s['name']}": s["mean"] for s in steps if s["scene"] == last}
         seam = report.details.get("real")
         if isinstance(seam, dict):
             found |= {f"{report.kind}: {name} of real": v for name, v in seam.items() if v is not None}
@@ -262,12 +266,15 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=16)
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--lora", action="append", default=[], help="FILE[:STRENGTH]; repeatable.")
+    parser.add_argument("--only", action="append", default=[], help="As for `data shapeworld`: shape=heart.")
     parser.add_argument("--encoder", default="color-histogram")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     model = load_model(options.run)
     into_weights(model, options.lora)
     world = World.modes(model.recipe.video.width, model.recipe.video.num_frames, model.recipe.video.fps)
+    if options.only:
+        world = world.narrowed(alternatives(options.only))
     setting = Setting(model, world, options.clips, options.seed)
     sampling = recipe_sampling(model.recipe, steps=options.steps, guidance=options.guidance)
     found: dict[str, Any] = {"run": str(options.run), "clips": options.clips, "seed": options.seed}

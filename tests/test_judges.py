@@ -53,6 +53,9 @@ from motionloom.evals.seam import (
     typical_difference,
     velocity_change,
 )
+from motionloom.evals.seam import (
+    seams as asked_seams,
+)
 from motionloom.evals.sounding import judge_sound
 from motionloom.rng import numpy_rng
 
@@ -353,6 +356,14 @@ def test_a_ratio_is_the_joints_step_over_the_others() -> None:
     assert seam_ratio(video, [4], typical=4.0) == 2.5
     assert typical_difference([video, video[:4]]) == (2.5 + 1) / 2
     assert joints(np.array([1, 1, 0, 0, 1], bool)) == (2, 4)
+
+
+def test_a_cut_that_was_asked_for_is_no_seam() -> None:
+    video = np.zeros((8, 4, 4, 3), np.uint8)
+    scenes = (AskedScene("a", 4), AskedScene("b", 4))
+    for given, found in (((0, 4), ()), ((0, 2), (2,))):
+        sample = Sample("s", video, 8.0, Asked("", scenes, (Given("scene", (given,)),)))
+        assert asked_seams(sample) == found
 
 
 def test_velocities_are_compared_before_and_after() -> None:

@@ -73,6 +73,7 @@ def test_parts_and_references(modes: ModuleType, name: str) -> None:
 def test_scenes(modes: ModuleType, name: str) -> None:
     figures = found(modes, name, {"type": "scenes", "positions": "gap"})
     assert 0 <= figures["scenes: cuts within 1 frame"] <= 1
+    assert 0 <= figures["at the last scene: same character"] <= 1
 
 
 @pytest.mark.parametrize("name", SOUND)

@@ -261,7 +261,7 @@ def _file_in(word: str) -> tuple[str, str]:
 def test_options_go_before_a_file(opened: None, files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (files / "both.yaml").write_text(
         "prompt: a\nseed: 1\nsteps: 9\nguidance: {text: 2, rescale: 0.5}\n"
-        "conditions: [{type: first_frame, source: dog.png}]\n"
+        "conditions: [{type: first_frame, source: dog.png}, {type: last_frame, source: gone.png}]\n"
     )
     heard: list[Any] = []
     monkeypatch.setattr("motionloom.requests.prepare", lambda model, wish: heard.append(wish) or 1 / 0)
@@ -273,7 +273,10 @@ def test_options_go_before_a_file(opened: None, files: Path, monkeypatch: pytest
     wish = heard[0]
     assert (wish.prompt, wish.seed, wish.steps) == ("b", 0, 9)
     assert (wish.guidance.text, wish.guidance.rescale) == (3, 0.5)
-    assert [c.type for c in wish.conditions] == ["first_frame", "last_frame"]
+    assert [(c.type, c.source.endswith("dog.png")) for c in wish.conditions] == [
+        ("first_frame", True),
+        ("last_frame", True),
+    ]
 
 
 # Files stand where they are given
@@ -668,7 +671,17 @@ def test_scenes_are_told_with_their_roles(opened: None, files: Path, tmp_path: P
 
 def test_sound_is_written_with_the_film_and_alone(opened: None, tmp_path: Path) -> None:
     for suffix in ("mp4", "wav"):
-        words = ("--prompt", "a", "--steps", "1", "--format", suffix, "--out", str(tmp_path), "--json")
+        words = (
+            "--prompt",
+            "a",
+            "--steps",
+            "1",
+            "--format",
+            suffix,
+            "--out",
+            str(tmp_path / suffix),
+            "--json",
+        )
         answer = call("generate", "sound", *words)
         assert answer.code == 0, answer.err
         sound = read_sound(json.loads(answer.out)["clips"][0], 4096)
@@ -687,7 +700,8 @@ def test_a_model_of_sound_alone_makes_and_extends_sound(
     value = json.loads(answer.out)
     assert read_sound(value["clips"][0]).shape == (1, 17 * 512)
     assert "sheet" not in value
-    assert call("generate", "sound", "--prompt", "a", "--out", str(tmp_path)).err.count("choose wav") == 1
+    refused = call("generate", "sound", "--prompt", "a", "--out", str(tmp_path / "b"))
+    assert refused.err.count("choose wav") == 1
 
 
 def test_a_request_can_be_all_that_is_said(opened: None, files: Path, tmp_path: Path) -> None:

@@ -148,6 +148,13 @@ def new_folder(path: Path) -> Path:
     return path
 
 
+def new_file(path: Path) -> Path:
+    """The file that the user named for output. Raises UserError if it is there already."""
+    if path.exists():
+        raise UserError(f"{path}: is there already; name another file, or delete it")
+    return path
+
+
 def skipped(out: Out, lines: Sequence[str], most: int = 20) -> None:
     """Problem lines: the first few, and always the last, which counts them."""
     for line in lines[:-1][:most]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast, get_args
 
-from motionloom.cli.console import Out, skipped
+from motionloom.cli.console import Out, new_file, skipped
 from motionloom.errors import UserError
 
 
@@ -19,7 +19,7 @@ def attribute_filter(keep: list[str]) -> dict[str, str]:
     return {key: value for key, _, value in pairs}
 
 
-def _alternatives(only: list[str]) -> dict[str, list[str]]:
+def alternatives(only: list[str]) -> dict[str, list[str]]:
     """``["shape=heart", "color=red", "color=blue"]`` -> {"shape": ["heart"], "color": ["red", "blue"]}."""
     found: dict[str, list[str]] = {}
     for item in only:
@@ -73,7 +73,7 @@ def shapeworld(
     console = Out(as_json)
     made = replace(PRESETS[world](), frames=frames, height=size, width=size, fps=fps)
     if only:
-        made = made.narrowed(_alternatives(only))
+        made = made.narrowed(alternatives(only))
     with console.progress("clips") as advance:
         manifest = write_dataset(
             out,
@@ -98,6 +98,7 @@ def ingest(source: Path, out: Path, keep: list[str], windows: float | None, as_j
     from motionloom.data.manifest import write_manifest
     from motionloom.data.windows import cut_into_windows
 
+    new_file(out)
     console = Out(as_json)
     unpack_to = out.parent / f"{source.stem}_unpacked"
     with console.progress("clips looked into") as advance:
@@ -124,6 +125,7 @@ def join(manifests: list[Path], out: Path, as_json: bool) -> None:
     from motionloom.data.join import join as joined
     from motionloom.data.manifest import write_manifest
 
+    new_file(out)
     console = Out(as_json)
     entries, problems = joined(manifests)
     if len(problems):

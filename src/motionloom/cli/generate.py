@@ -43,6 +43,8 @@ def run(
     console = Out(as_json)
     model = open_model(checkpoint, raw=raw, device=device, tell=console.note)
     into_weights(model, loras)
+    if (out / "clips.json").exists():
+        raise UserError(f"{out}: holds clips already; name another folder, or delete it")
     new_folder(out)
     prepared = prepare(model, wish)
     for line in filter(None, (*prepared.notes, _larger_than_trained(model, prepared))):
@@ -54,7 +56,8 @@ def run(
     fps = prepared.clips.fps or model.fps
     for clip, file in zip(clips, files, strict=True):
         written.write_clip(file, clip, fps)
-    written.describe(out, files, wish, prepared, fps)
+    made_by = {"model": str(checkpoint), "weights": "raw" if raw else "ema", "lora": list(loras)}
+    written.describe(out, files, wish, prepared, fps, made_by)
     answer: dict[str, Any] = {"clips": [str(file) for file in files], "request": str(out / "clips.json")}
     lines = list(answer["clips"])
     if "video" in model.modalities:
@@ -64,17 +67,28 @@ def run(
 
 
 def joined(file: Mapping[str, Any], options: Mapping[str, Any]) -> dict[str, Any]:
-    """A request file with what the command line says besides: its conditions come to those of the file, all
-    else takes their place."""
+    """A request file with what the command line says besides. Its conditions come to those of the file; one
+    that a clip has once only takes the place of the file's, and so does all else."""
+    from motionloom.config.request import ONCE
+
     more = dict(options)
     if isinstance(file.get("conditions"), list) and "conditions" in more:
-        more["conditions"] = [*file["conditions"], *more["conditions"]]
+        anew = {(one["type"], one.get("modality")) for one in more["conditions"] if one["type"] in ONCE}
+        kept = [one for one in file["conditions"] if _kind(one) not in anew]
+        more["conditions"] = [*kept, *more["conditions"]]
     for section in ("guidance", "extend", "memory"):
         if isinstance(file.get(section), dict) and isinstance(more.get(section), dict):
             more[section] = file[section] | more[section]
     if "prompt" in more or "prompts" in more:
         file = {key: value for key, value in file.items() if key not in ("prompt", "prompts")}
     return {**file, **more}
+
+
+def _kind(condition: Any) -> tuple[Any, Any] | None:
+    """What a condition of a file is; whatever is wrong with it is told where it is read."""
+    if not isinstance(condition, Mapping):
+        return None
+    return condition.get("type"), condition.get("modality")
 
 
 def _larger_than_trained(model: Model, prepared: Prepared) -> str:

@@ -18,7 +18,7 @@ from motionloom.evals.exactness import judge_conditions
 from motionloom.evals.figures import Report
 from motionloom.evals.masked import judge_masked
 from motionloom.evals.scenes import judge_scenes
-from motionloom.evals.seam import joints, judge_seams
+from motionloom.evals.seam import judge_seams, seams
 from motionloom.evals.sounding import judge_sound
 
 
@@ -90,7 +90,7 @@ JUDGES: dict[str, Judge] = {
     ),
     "seam": Judge(
         "a condition that gives whole frames, but not all of them",
-        lambda sample: bool(joints(sample.given_P)),
+        lambda sample: bool(seams(sample)),
         _seams,
     ),
     "masked": Judge("a condition that gives a part of a frame", _partly_given, _masked),

@@ -48,6 +48,11 @@ def joints(given_P: Mask) -> tuple[int, ...]:
     return tuple(int(at) + 1 for at in np.flatnonzero(np.diff(given_P.astype(np.int8))))
 
 
+def seams(sample: Sample) -> tuple[int, ...]:
+    """The joints that should not be seen: a cut that was asked for is none."""
+    return tuple(at for at in joints(sample.given_P) if at not in sample.asked.cuts)
+
+
 def frame_differences(video_PHW3: Video) -> NDArray[np.float64]:
     """(P - 1,) mean absolute change from each frame to the next, in levels of 255."""
     video = video_PHW3.astype(np.int16)
@@ -280,7 +285,7 @@ def _real_joints(samples: Sequence[Sample], real: Sequence[Video]) -> dict[str, 
     """What real clips give where the samples have their joints, though nothing was made there."""
     found = []
     for sample, video in zip(samples, cycle(real), strict=False):
-        at = [joint for joint in joints(sample.given_P) if joint < len(video)]
+        at = [joint for joint in seams(sample) if joint < len(video)]
         if at:
             found.append((seam_ratio(video, at), _mean([flow_change(video, joint) for joint in at])))
     return {
@@ -300,7 +305,7 @@ def _row(
     sample: Sample, encoder: Encoder, world: World | None, typical: float | None
 ) -> dict[str, float | None]:
     given = sample.given_P
-    at = joints(given)
+    at = seams(sample)
     if not at:
         return {}
     video = sample.video_PHW3

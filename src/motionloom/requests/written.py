@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -60,8 +61,18 @@ def titles(wish: Request, prepared: Prepared) -> list[str]:
     return [prompt or said for prompt in prepared.clips.prompts]
 
 
-def describe(out: Path, files: Sequence[Path], wish: Request, prepared: Prepared, fps: float) -> None:
-    """``clips.json``, which ``motionloom judge`` reads: what was asked of every clip."""
+def describe(
+    out: Path,
+    files: Sequence[Path],
+    wish: Request,
+    prepared: Prepared,
+    fps: float,
+    made_by: Mapping[str, Any],
+) -> None:
+    """``clips.json``, which ``motionloom judge`` reads: what was asked of every clip, and what made it."""
+    sampling = prepared.sampling
+    how = {key: getattr(sampling, key) for key in ("solver", "steps", "shift", "eta")}
+    how["guidance"] = asdict(sampling.guidance)
     scenes = [
         {"caption": scene.caption, "frames": frames, "role": scene.role}
         for scene, frames in zip(wish.scenes, prepared.shots, strict=False)
@@ -79,6 +90,8 @@ def describe(out: Path, files: Sequence[Path], wish: Request, prepared: Prepared
             "scenes": scenes,
             "conditions": conditions,
             **wish.model_dump(mode="json", include={"extend", "memory"}, exclude_none=True),
+            "sampling": how,
+            **made_by,
         }
         for number, (file, prompt) in enumerate(zip(files, prepared.clips.prompts, strict=True))
     ]
