@@ -224,7 +224,8 @@ def test_manifests_are_joined_and_their_folders_name_the_clips(tmp_path):
     assert problems.lines()[0].startswith("cats: manifest.jsonl line 2: /")
     write_manifest(tmp_path / "both.jsonl", entries)
     assert read_manifest(tmp_path / "both.jsonl")[0] == entries
-    with pytest.raises(UserError, match="its folder is called cats like that of"):
+    assert [entry.id for entry in join(manifests, (1, 3))[0]] == ["cats/0", "dogs/0", "dogs_2/0", "dogs_3/0"]
+    with pytest.raises(UserError, match="its clips would be called cats/... like those of"):
         join([manifests[0], manifests[0]])
 
 

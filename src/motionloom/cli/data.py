@@ -120,14 +120,15 @@ def ingest(source: Path, out: Path, keep: list[str], windows: float | None, as_j
     )
 
 
-def join(manifests: list[Path], out: Path, as_json: bool) -> None:
-    """Write one manifest of several."""
+def join(manifests: list[str], out: Path, as_json: bool) -> None:
+    """Write one manifest of several, each ``FILE`` or ``FILE:TIMES``."""
     from motionloom.data.join import join as joined
     from motionloom.data.manifest import write_manifest
 
     new_file(out)
     console = Out(as_json)
-    entries, problems = joined(manifests)
+    paths, times = zip(*map(_repeated, manifests), strict=True)
+    entries, problems = joined(paths, times)
     if len(problems):
         skipped(console, problems.lines())
     if not entries:
@@ -137,3 +138,13 @@ def join(manifests: list[Path], out: Path, as_json: bool) -> None:
         {"manifest": str(out), "clips": len(entries), "skipped_clips": problems.lines()[:-1]},
         [f"{len(entries)} clips, {problems.skipped} skipped: {out}"],
     )
+
+
+def _repeated(manifest: str) -> tuple[Path, int]:
+    """``"a.jsonl:6"`` -> a.jsonl, 6."""
+    path, colon, times = manifest.rpartition(":")
+    if not colon or not times.isdigit():
+        return Path(manifest), 1
+    if not int(times):
+        raise UserError(f"{manifest}: a manifest that is listed no time is left out: write 1 or more")
+    return Path(path), int(times)

@@ -67,7 +67,8 @@ Recipe = Annotated[
         help="A YAML file, or the name of one that comes along: quickstart, clips, shapeworld, causal, "
         "factorized_256; first_frame, keyframes, extend, extend_back, inpaint, outpaint, conditions, "
         "ic_lora; scenes, scenes_pretrain, scenes_sft, scenes_lora; sound, t2av, v2a, a2v, t2a, "
-        "audio_extend, audio_inpaint, a2a, av2av; lora_wan, lora_cogvideox, lora_ltx2",
+        "audio_extend, audio_inpaint, a2a, av2av; lora_shape, lora_wan, "
+        "lora_cogvideox, lora_ltx2",
     ),
 ]
 Overrides = Annotated[
@@ -186,7 +187,9 @@ def ingest(
     epilog="Example: motionloom data join cats/manifest.jsonl dogs/manifest.jsonl --out both.jsonl"
 )
 def join(
-    manifests: Annotated[list[Path], typer.Argument(metavar="MANIFEST...", help="Which, in which order.")],
+    manifests: Annotated[
+        list[str], typer.Argument(metavar="FILE[:TIMES]...", help="Which, and how often each is listed.")
+    ],
     out: Annotated[Path, typer.Option(help="The manifest to write.")],
     as_json: Json = False,
 ) -> None:
