@@ -33,6 +33,7 @@ from motionloom.rng import numpy_rng
 COMMANDS = (
     "data shapeworld",
     "data ingest",
+    "data join",
     "cache",
     "train",
     "quickstart",
@@ -171,6 +172,14 @@ def test_shapeworld_answers_with_its_manifest(workshop: dict[str, Answer]) -> No
     assert len(Path(value["manifest"]).read_text().splitlines()) == 20
 
 
+def test_join_lists_a_set_as_often_as_asked(workshop: dict[str, Answer]) -> None:
+    found, listed = (len(Path(f).read_text().splitlines()) for f in ("manifest.jsonl", "both.jsonl"))
+    assert workshop["data join"].value["clips"] == listed == 20 + 3 * found
+    again = call("data", "join", "manifest.jsonl", "--out", "both.jsonl")
+    assert again.code == 2
+    assert "both.jsonl: is there already" in again.err
+
+
 def test_ingest_takes_captions_from_file_names_and_lists_what_it_skips(workshop: dict[str, Answer]) -> None:
     value = workshop["data ingest"].value
     lines = [json.loads(line) for line in Path(value["manifest"]).read_text().splitlines()]
@@ -232,7 +241,7 @@ def test_generate_writes_a_file_for_every_prompt_and_a_sheet(workshop: dict[str,
     with Image.open("more/000_one.webp") as picture:
         assert (picture.size, picture.n_frames) == ((48, 32), 8)
     raw = ("--raw", "--guidance", "1", "--solver", "heun", "--negative", "blue", "--format", "png")
-    assert call("generate", "runs/mine", *several, *raw, "--out", "more").code == 0
+    assert call("generate", "runs/mine", *several, *raw, "--out", "raw").code == 0
 
 
 def test_inspect_looks_at_recipes_caches_and_checkpoints(workshop: dict[str, Answer]) -> None:
@@ -373,7 +382,7 @@ MISTAKES = [
     ("data shapeworld --out x --world round", "choose full, quickstart, modes"),
     ("data shapeworld --out x --split half", "choose train, test or all"),
     ("data shapeworld --out a_file/x", "a_file"),
-    ("data ingest nowhere", "nowhere"),
+    ("data ingest nowhere --out else.jsonl", "nowhere"),
     ("data ingest empty --out x.jsonl", "no clip of it can be used"),
     ("data ingest my_clips --keep animals --out x.jsonl", "write attribute=value"),
     ("generate nowhere --prompt a --out x", "nowhere: no such checkpoint"),

@@ -225,7 +225,7 @@ def test_manifests_are_joined_and_their_folders_name_the_clips(tmp_path):
     write_manifest(tmp_path / "both.jsonl", entries)
     assert read_manifest(tmp_path / "both.jsonl")[0] == entries
     assert [entry.id for entry in join(manifests, (1, 3))[0]] == ["cats/0", "dogs/0", "dogs_2/0", "dogs_3/0"]
-    with pytest.raises(UserError, match="its clips would be called cats/... like those of"):
+    with pytest.raises(UserError, match="its clips would be called cats/"):
         join([manifests[0], manifests[0]])
 
 

@@ -184,7 +184,7 @@ def ingest(
 
 
 @data_app.command(
-    epilog="Example: motionloom data join cats/manifest.jsonl dogs/manifest.jsonl --out both.jsonl"
+    epilog="Example: motionloom data join worlds/small/manifest.jsonl manifest.jsonl:3 --out both.jsonl"
 )
 def join(
     manifests: Annotated[
