@@ -1007,7 +1007,16 @@ def test_a_doubtful_file_is_noted(own: Path, tmp_path: Path) -> None:
         save_file(load_file(file), other, metadata={**opened.metadata(), "base_sha256": "0" * 64})
 
     def said(run: str, path: Path) -> str:
-        words = ("--out", str(tmp_path / run), "--prompt", "wave", "--steps", "1", "--lora", str(path))
+        words = (
+            "--out",
+            str(tmp_path / run / path.stem),
+            "--prompt",
+            "wave",
+            "--steps",
+            "1",
+            "--lora",
+            str(path),
+        )
         answer = call("generate", str(own / run), *words)
         assert answer.code == 0, answer.err
         return answer.err
