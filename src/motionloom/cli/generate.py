@@ -56,7 +56,7 @@ def run(
     fps = prepared.clips.fps or model.fps
     for clip, file in zip(clips, files, strict=True):
         written.write_clip(file, clip, fps)
-    made_by = {"model": str(checkpoint), "weights": "raw" if raw else "ema", "lora": list(loras)}
+    made_by = {"model": str(checkpoint), "raw": raw, "lora": list(loras)}
     written.describe(out, files, wish, prepared, fps, made_by)
     answer: dict[str, Any] = {"clips": [str(file) for file in files], "request": str(out / "clips.json")}
     lines = list(answer["clips"])

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from motionloom.data.manifest import ManifestEntry, Problem, Problems, read_manifest, safe_id
+from motionloom.data.manifest import ManifestEntry, Problems, read_manifest, safe_id
 from motionloom.errors import UserError
 
 
@@ -37,6 +37,6 @@ def join(manifests: Sequence[Path], times: Sequence[int] = ()) -> tuple[list[Man
         usable, found = read_manifest(path)
         entries += [replace(entry, id=safe_id(f"{copy}/{entry.id}")) for copy in copies for entry in usable]
         for problem in found:
-            problems.add(Problem(f"{name}: {problem.where}", problem.what, problem.fix, problem.kind))
+            problems.add(replace(problem, where=f"{name}: {problem.where}"))
     problems.usable = len(entries)
     return entries, problems
