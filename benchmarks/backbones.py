@@ -37,7 +37,7 @@ from motionloom.backbones.ltx2 import PRESETS as LTX2_PRESETS
 from motionloom.backbones.prediction import Predictor
 from motionloom.backbones.wan import PRESETS as WAN
 from motionloom.backbones.wan import Wan
-from motionloom.generate.rollout import Sampling, rollout
+from motionloom.generate import Sampling, rollout
 from motionloom.plans import Chunks, Geometry, Text, TextToVideo, to_streams_at
 from motionloom.plans.geometry import token_geometry
 from motionloom.rng import torch_generator

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from motionloom.backbones.base import Backbone
 from motionloom.backbones.prediction import Predictor
 from motionloom.backbones.wan import Wan, WanSizes
-from motionloom.generate.rollout import Given, Sampling, rollout
+from motionloom.generate import Sampling, rollout
 from motionloom.nn.memory import keep_freed_memory
-from motionloom.plans import Chunks, Geometry, Streams, Text, Visibility
+from motionloom.plans import Chunks, Geometry, Given, Streams, Text, Visibility
 from motionloom.rng import torch_generator
 
 FRAMES, ROWS, COLUMNS = 21, 8, 8

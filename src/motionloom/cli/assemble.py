@@ -25,13 +25,15 @@ from motionloom.cli.adapters import (
     same_tokenizer,
     with_whole_paths,
 )
+from motionloom.cli.lesson import Lesson, make_lesson
 from motionloom.config import Recipe, load_recipe, load_recipe_with_notes, packaged_recipes
 from motionloom.data.cache import Cache
+from motionloom.data.cache.pairs import require_levels
 from motionloom.data.loader import Loader
 from motionloom.errors import UserError
 from motionloom.flow import PATHS
 from motionloom.generate import Model
-from motionloom.methods import METHODS, Denoise
+from motionloom.methods import Method, build_method
 from motionloom.parallel import Ranks, fill, load_weights, named_state, parallelize, why_not_compile
 from motionloom.plans import PLANS, Conditions, Plan
 from motionloom.rng import torch_generator
@@ -196,7 +198,7 @@ class Parts:
     tokenizer: Tokenizer
     text_encoder: TextEncoder
     backbone: BackboneModule
-    method: Denoise
+    method: Method
     plan: Plan
     loader: Loader
     heldout: Loader
@@ -209,6 +211,8 @@ class Parts:
     trained: tuple[Target, ...] = ()
     """With ``train.parts``: what they are."""
     audio_tokenizer: AudioTokenizer | None = None
+    lesson: Lesson | None = None
+    """Of a student: whom it learns from."""
 
     def tokens_per_clip(self) -> int:
         """Video tokens of the longest clip."""
@@ -227,6 +231,12 @@ class Parts:
             self.ranks.device,
             self.audio_tokenizer,
         )
+
+    @property
+    def base(self) -> str:
+        """Fingerprint of the frozen weights that training leans on: a LoRA's base, a student's teacher."""
+        adapted = [] if self.adapted is None else [self.adapted.base]
+        return "+".join([*adapted, *([] if self.lesson is None else [self.lesson.fingerprint])])
 
     def folders(self) -> dict[str, Saveable]:
         """What a checkpoint carries besides weights, to be opened without anything else."""
@@ -247,7 +257,7 @@ class Parts:
             heldout=self.heldout,
             folders=self.folders(),
             data=self.loader.fingerprint(),
-            base=self.adapted.base if self.adapted is not None else "",
+            base=self.base,
             reporter=reporter,
             on_sample=on_sample,
         )
@@ -269,6 +279,7 @@ def assemble(recipe: Recipe, cache: Cache, ranks: Ranks) -> Parts:
     backbone = new_backbone(recipe, tokenizer.spec, text_encoder.dim, start, "meta" if read else "cpu")
     modules: dict[str, nn.Module] = {"backbone": backbone, **_trained(text_encoder)}
     obstacle = why_not_compile(ranks.device) if recipe.train.compile else ""
+    compile = recipe.train.compile and not obstacle
     adapted = None
     if recipe.lora.enabled:
         assert start.weights is not None, "a LoRA recipe names a base"
@@ -277,10 +288,22 @@ def assemble(recipe: Recipe, cache: Cache, ranks: Ranks) -> Parts:
     parts = train_only(modules, recipe.train.parts) if recipe.train.parts else []
     besides = adapted.besides if adapted is not None else ()
     loaded = parallelize(
-        modules, ranks, recipe.train.sharding, recipe.train.compile and not obstacle, read, besides
+        # Roll-outs meet a past of another length in each chunk, and would compile for each.
+        modules,
+        ranks,
+        recipe.train.sharding,
+        compile and not _rolls_out(recipe),
+        read,
+        besides,
     )
     measure_lengths(backbone)
-    method = METHODS[recipe.train.method](recipe, backbone, plan, text_encoder)
+    predictor = _predictor(recipe, backbone)
+    student = Model(recipe, tokenizer, text_encoder, predictor, plan, ranks.device, audio)
+    lesson = make_lesson(recipe, student, ranks, compile)
+    if recipe.train.method == "ode":
+        require_levels(cache, recipe.distil.levels)
+    whom = () if lesson is None else (lesson.teacher, lesson.critic, lesson.judge)
+    method = build_method(recipe, student, backbone, *whom)
     notes = [f"train.compile: {obstacle}"] if obstacle else []
     notes += [f"{read[name].where}: {found}" for name, found in loaded.items()]
     notes += _other_latents(recipe, tokenizer, audio)
@@ -300,7 +323,12 @@ def assemble(recipe: Recipe, cache: Cache, ranks: Ranks) -> Parts:
         adapted,
         tuple(parts),
         audio,
+        lesson,
     )
+
+
+def _rolls_out(recipe: Recipe) -> bool:
+    return recipe.train.method == "matching" and recipe.distil.source == "rollout"
 
 
 def _other_latents(recipe: Recipe, tokenizer: Tokenizer, audio: AudioTokenizer | None) -> list[str]:

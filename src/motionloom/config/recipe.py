@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from motionloom.config.conditions import Condition
+from motionloom.config.distil import DistilConfig
 from motionloom.config.guidance import GuidanceConfig
 from motionloom.config.section import (
     BelowOne,
@@ -256,6 +257,9 @@ class PlanConfig(Section):
         default=None, description="chunks: visible chunks, the present one included."
     )
     sinks: NotNegative = Field(default=0, description="chunks: first chunks that stay visible.")
+    rebase: bool = Field(
+        default=False, description="chunks: those in the window close up behind the sinks as others leave."
+    )
     forcing: Literal["diffusion", "teacher"] = Field(default="diffusion", description="chunks.")
 
 
@@ -304,7 +308,9 @@ class FlowMatchingConfig(Section):
 class TrainConfig(Section):
     """The optimisation."""
 
-    method: Literal["denoise"] = Field(default="denoise", description="What a step optimises.")
+    method: Literal["denoise", "ode", "consistency", "matching"] = Field(
+        default="denoise", description="What a step optimises; all but denoise teach a student (`distil`)."
+    )
     objective: Literal["flow", "ddpm_eps", "ddpm_v"] = "flow"
     precision: Literal["bf16", "fp32"] = "bf16"
     compile: bool = Field(default=False, description="Compile each block.")
@@ -396,6 +402,7 @@ class Recipe(Section):
     flow_matching: FlowMatchingConfig = FlowMatchingConfig()
     train: TrainConfig = TrainConfig()
     guidance: GuidanceConfig = GuidanceConfig()
+    distil: DistilConfig = DistilConfig()
     ema: EmaConfig = EmaConfig()
 
     @model_validator(mode="after")

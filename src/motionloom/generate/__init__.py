@@ -11,16 +11,21 @@ from motionloom.generate.clip import (
     task_of,
 )
 from motionloom.generate.model import Model
-from motionloom.generate.rollout import Sampling, Task, rollout
+from motionloom.generate.rollout import rollout
 from motionloom.generate.sources import Coders, Source
+from motionloom.generate.stream import Ask, Piece, Stream
+from motionloom.generate.task import Sampling, Task
 
 __all__ = [
+    "Ask",
     "Clip",
     "ClipRequest",
     "Coders",
     "Model",
+    "Piece",
     "Sampling",
     "Source",
+    "Stream",
     "Task",
     "decode",
     "generate",

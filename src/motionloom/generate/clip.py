@@ -20,8 +20,9 @@ from motionloom.errors import UserError
 from motionloom.flow import PATHS, DiscreteSchedule, Guidance
 from motionloom.generate.guided import recipe_guidance
 from motionloom.generate.model import Model
-from motionloom.generate.rollout import Sampling, Task, rollout
+from motionloom.generate.rollout import rollout
 from motionloom.generate.sources import Source, as_long, source_values
+from motionloom.generate.task import Sampling, Task
 from motionloom.nn.patching import patchify_mask, unpatchify
 from motionloom.plans import NOTHING, Conditions, Geometry, Given, Sample, Text, Values, as_shown
 from motionloom.rng import torch_generator
@@ -75,6 +76,8 @@ def recipe_sampling(
 ) -> Sampling:
     """The recipe's way of sampling, with what the user wants otherwise."""
     train = recipe.train
+    if train.method != "denoise":
+        return _few_steps(recipe, steps, guidance, solver)
     return Sampling(
         solver=solver or train.sample_solver,
         steps=steps or train.sample_num_steps,
@@ -83,6 +86,21 @@ def recipe_sampling(
         eta=train.sample_eta,
         schedule=_ddpm_schedule(recipe),
         guidance=recipe_guidance(recipe, guidance),
+    )
+
+
+def _few_steps(recipe: Recipe, steps: int | None, guidance: float | None, solver: str | None) -> Sampling:
+    """A student's: at its own noise levels with fresh noise between, unguided, since it has learned the
+    guided clips."""
+    distil = recipe.distil
+    return Sampling(
+        solver=solver or "consistency",
+        steps=steps or len(distil.levels),
+        shift=distil.shift,
+        path=recipe.flow_matching.path,
+        guidance=Guidance(1.0 if guidance is None else guidance),
+        sigmas=() if steps else distil.levels,
+        context=distil.context_noise,
     )
 
 

@@ -33,7 +33,9 @@ from motionloom.generate.clip import (
     task_of,
 )
 from motionloom.generate.model import Model
-from motionloom.generate.rollout import Sampling, Task, Tokens, rollout
+from motionloom.generate.rollout import rollout
+from motionloom.generate.task import Sampling, Task, Tokens
+from motionloom.generate.windows import head_alone, window
 from motionloom.plans import Geometry, Given, Kind, Marks, Sample, StreamedPlan, Text, Values
 from motionloom.rng import torch_generator
 
@@ -225,12 +227,12 @@ def _extension(
 ) -> list[Round]:
     _, height, width = request_shape(model, request)
     usual = model.sample((how.window,), height, width, task.sample.fps or model.fps, 1).main.grid[0]
-    head = int(_head_alone(model))
+    head = int(head_alone(model))
     total = task.sample.main.grid[0]
     parts = windows(total, usual, how.keep, head, backwards=how.direction == "backwards")
     found = []
     for part in parts:
-        sample, frames = _window(task.sample, part, head)
+        sample, frames = window(task.sample, part, head)
         found.append(Round(sample, frames, task.text, task.negative))
     return found
 
@@ -277,49 +279,6 @@ def windows(total: int, window: int, keep: int | None, head: int, *, backwards: 
         found.append(slice(end - keep, min(end + new, total)))
         end += new
     return found
-
-
-def _head_alone(model: Model) -> bool:
-    """Whether the first token frame of a clip is of another kind than the others."""
-    if "video" in model.modalities:
-        return model.tokenizer.spec.first_alone
-    assert model.audio_tokenizer is not None
-    return model.audio_tokenizer.spec.first_alone
-
-
-def _window(sample: Sample, part: slice, head: int) -> tuple[Sample, dict[str, Tensor]]:
-    """The part of a long clip as a clip of its own, which begins where clips begin, or behind their head;
-    and the frames of the long clip in it."""
-    main = sample.main
-    assert main.span_BF2 is not None
-    span_F2 = main.span_BF2[0]
-    slot = head if part.start else 0
-    moved = float(span_F2[part.start, 0] - span_F2[slot, 0])
-    begin = -float("inf") if part.start == 0 else float(span_F2[part.start, 0])
-    end = float("inf") if part.stop == main.grid[0] else float(span_F2[part.stop - 1, 1])
-    tracks, frames = {}, {}
-    for m, geometry in sample.tracks.items():
-        inside = part if geometry is main else _between(geometry, begin, end)
-        tracks[m] = _earlier(geometry.part(inside), moved, slot if geometry is main else None)
-        frames[m] = torch.arange(inside.start, inside.stop, device=geometry.device)
-    return replace(sample, tracks=tracks, masks={}), frames
-
-
-def _between(geometry: Geometry, begin: float, end: float) -> slice:
-    """The frames whose middle lies between two times."""
-    assert geometry.span_BF2 is not None
-    centre_F = geometry.span_BF2[0].mean(dim=1)
-    index_W = ((centre_F >= begin) & (centre_F < end)).nonzero().flatten()
-    return slice(int(index_W[0]), int(index_W[-1]) + 1)
-
-
-def _earlier(geometry: Geometry, seconds: float, slot: int | None) -> Geometry:
-    """Moved in time; its first frame is then frame ``slot`` of a clip (None: what fits its seconds)."""
-    assert geometry.span_BF2 is not None
-    span_BF2 = geometry.span_BF2 - seconds
-    if slot is None:
-        slot = max(0, round(float(span_BF2[0, 0, 0] / (span_BF2[0, -1, 1] - span_BF2[0, -1, 0]))))
-    return replace(geometry, seconds_BF=geometry.seconds_BF - seconds, span_BF2=span_BF2, begin=slot)
 
 
 # Scenes

@@ -1,8 +1,51 @@
 """Methods: what one training step optimises."""
 
+from __future__ import annotations
+
+from torch import nn
+
+from motionloom.backbones import BackboneModule
+from motionloom.config.recipe import Recipe
+from motionloom.generate import Model
 from motionloom.methods.denoise import Denoise
+from motionloom.methods.distil.consistency import Consistency
+from motionloom.methods.distil.judge import Judge
+from motionloom.methods.distil.lesson import Teacher
+from motionloom.methods.distil.matching import Matching
+from motionloom.methods.distil.ode import Ode
+from motionloom.train.method import Method
 
-METHODS = {"denoise": Denoise}
-"""Methods by name."""
+METHODS = ("denoise", "ode", "consistency", "matching")
+"""Names of ``train.method``."""
 
-__all__ = ["METHODS", "Denoise"]
+
+def build_method(
+    recipe: Recipe,
+    model: Model,
+    backbone: BackboneModule,
+    teacher: Teacher | None = None,
+    critic: nn.Module | None = None,
+    judge: Judge | None = None,
+) -> Method:
+    """The recipe's method over modules that are in place (``parallel.parallelize``).
+
+    Args:
+        model: of what is trained.
+        teacher: needed by ``consistency`` and ``matching``.
+        critic, judge: needed by ``matching``, the judge where ``distil.loss`` is gan.
+    """
+    match recipe.train.method:
+        case "denoise":
+            return Denoise(recipe, backbone, model.plan, model.text_encoder)
+        case "ode":
+            return Ode(recipe, model)
+        case "consistency":
+            assert teacher is not None
+            return Consistency(recipe, model, teacher)
+        case "matching":
+            assert teacher is not None
+            assert critic is not None
+            return Matching(recipe, model, teacher, critic, judge)
+
+
+__all__ = ["METHODS", "Denoise", "Method", "build_method"]

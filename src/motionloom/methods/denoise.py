@@ -75,6 +75,10 @@ class Denoise:
         """``backbone``, and ``text_encoder`` when it is trained."""
         return self._modules
 
+    def beside(self) -> dict[str, nn.Module]:
+        """Nothing else is trained."""
+        return {}
+
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """One AdamW over both."""
         return self._optimizers

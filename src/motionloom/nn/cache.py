@@ -189,12 +189,24 @@ class KVCache:
     def drop(self, modality: str) -> None:
         """Forget a modality: ``drop("text")`` before a new prompt.
 
-        Chunks keep what they took from the old words until they are made anew from their clean latents
-        (``begin``, forward, ``commit``), the oldest first. In a window that takes a snapshot of when the
-        oldest of them was made: what it saw is evicted by now.
+        Chunks keep what they took from the old words until they are made anew from their clean latents,
+        see :meth:`renew`.
         """
         self._held.pop(modality, None)
         self._forget()
+
+    def renew(self) -> list[int]:
+        """Forget all but the words, and return the chunks that were held, in order.
+
+        Each is to be made anew from its clean latents (``begin``, forward, ``commit``), the oldest first. It
+        then sees what of its past was held, as if nothing else had ever been; positions stay as they were.
+        """
+        chunks = sorted({c for held in self._held.values() for c in held if c != ALWAYS})
+        self._held = {m: held for m, held in self._held.items() if ALWAYS in held}
+        self._evicted = range(0)
+        self._offers = {}
+        self._forget()
+        return chunks
 
     # --- reading ---
 

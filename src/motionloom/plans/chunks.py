@@ -38,6 +38,9 @@ class Chunks:
     first_alone: bool = False
     window: int | None = None
     sinks: int = 0
+    rebase: bool = False
+    """When old chunks leave the window, those that stay close up behind the sinks: a stream's time then never
+    runs past what training showed. The masked forward has no such rule; it matters to roll-outs alone."""
     forcing: Literal["diffusion", "teacher"] = "diffusion"
     conditions: Conditions = field(default_factory=Conditions)
     audio_loss: float = 1.0

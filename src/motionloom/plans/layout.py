@@ -169,6 +169,11 @@ class StreamedPlan(Plan, Protocol):
         """How many of the first stages stay visible."""
         ...
 
+    @property
+    def rebase(self) -> bool:
+        """Whether the visible stages close up behind the first ones as others leave."""
+        ...
+
     def stage_layout(self, sample: Sample, given: Given) -> Layout:
         """Where the tokens of one stage stand; its past, and no more than it may see, comes from a cache.
 

@@ -186,7 +186,7 @@ class Checkpoint:
         return (self.folder / "ema.safetensors").exists()
 
     def tensors(self, name: str) -> TensorFile:
-        """``model``, ``ema`` or ``optimizer``, read lazily."""
+        """``model``, ``ema``, ``optimizer`` or ``beside`` (a critic), read lazily."""
         return TensorFile(self.folder / f"{name}.safetensors")
 
     def weights(self, ema: bool) -> TensorFile:

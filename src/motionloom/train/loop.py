@@ -25,7 +25,7 @@ from motionloom.train.ema import Ema
 from motionloom.train.guard import NotFinite
 from motionloom.train.heldout import heldout_loss
 from motionloom.train.lora_start import start_from_file
-from motionloom.train.method import HeldOut, Loader, Method
+from motionloom.train.method import HeldOut, Loader, Method, all_modules
 from motionloom.train.metrics import Running, Writer, peak_memory_gib
 from motionloom.train.report import Progress, Reporter, Silent
 from motionloom.train.signals import StopWish, listening
@@ -148,7 +148,7 @@ class Trainer:
 
     def _warm_up(self) -> None:
         """Compile for every shape before the first step; the time counts as a pause."""
-        compiled = any(map(is_compiled, self._method.modules().values()))
+        compiled = any(map(is_compiled, all_modules(self._method).values()))
         if not compiled or self.state.step >= self._config.max_steps:
             return
         self._train_mode(True)
@@ -235,7 +235,7 @@ class Trainer:
         self._train_mode(True)
 
     def _train_mode(self, on: bool) -> None:
-        for module in self._method.modules().values():
+        for module in all_modules(self._method).values():
             module.train(on)
 
     def _begin(self, resume: bool) -> None:

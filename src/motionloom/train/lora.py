@@ -279,6 +279,19 @@ def merged(module: nn.Module, files: Files = ()) -> Iterator[None]:
             layer.merged_adapters.clear()
 
 
+@contextmanager
+def without_adapters(module: nn.Module) -> Iterator[None]:
+    """Inside, the module answers as its base; it must not be trained there."""
+    layers = lora_layers(module).values()
+    for layer in layers:
+        layer._disable_adapters = True  # peft's own switch would freeze the adapters as well
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
 def merge_into_base(module: nn.Module, files: Files = ()) -> None:
     """Add the module's own adapters and those of ``files`` to the weights for good, and take peft's layers
     out again. What acts 0 times leaves the weights as they are, to the bit."""

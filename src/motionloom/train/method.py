@@ -65,7 +65,11 @@ class Method(Protocol):
     """One way to train. ``denoise`` has one turn; distillation alternates generator and critic."""
 
     def modules(self) -> dict[str, nn.Module]:
-        """Everything whose state a checkpoint must hold, by name."""
+        """What is trained to be used, by name: its weights are averaged, and kept to generate with."""
+        ...
+
+    def beside(self) -> dict[str, nn.Module]:
+        """What is trained only to train it, such as a critic: a checkpoint holds it for a resume."""
         ...
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
@@ -79,6 +83,11 @@ class Method(Protocol):
     def losses(self, batch: Batch, context: StepContext) -> Losses:
         """Per-sample losses for ``context.turn``."""
         ...
+
+
+def all_modules(method: Method) -> dict[str, nn.Module]:
+    """Whatever a method trains, by name."""
+    return {**method.modules(), **method.beside()}
 
 
 class Loader(Protocol):

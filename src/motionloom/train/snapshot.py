@@ -21,7 +21,7 @@ from motionloom.parallel import Ranks, fill, load_optimizer_state, named_optimiz
 from motionloom.train import checkpoint
 from motionloom.train.checkpoint import Checkpoint, Contents, Saveable
 from motionloom.train.ema import Ema
-from motionloom.train.method import Method
+from motionloom.train.method import Method, all_modules
 from motionloom.train.state import Identity, TrainState, base_of
 from motionloom.train.tensors import Renamed
 
@@ -50,6 +50,8 @@ class Snapshots:
             UserError: in every process, when it could not be written.
         """
         tensors = {"model": whole(named_state(self.method.modules()).items(), self.ranks)}
+        if beside := self.method.beside():
+            tensors["beside"] = whole(named_state(beside).items(), self.ranks)
         if self.ema is not None:
             tensors["ema"] = whole(self.ema.named_state().items(), self.ranks)
         tensors["optimizer"] = whole(self._optimizer_state(), self.ranks)
@@ -79,6 +81,8 @@ class Snapshots:
             bases = base_of(load_recipe(saved.folder / "recipe.yaml")), base_of(self.recipe)
         self.identity.refuse_unless(before, str(found), bases)
         fill(named_state(self.method.modules()), saved.tensors("model"), f"{found}/model.safetensors")
+        if beside := self.method.beside():
+            fill(named_state(beside), saved.tensors("beside"), f"{found}/beside.safetensors")
         if self.ema is not None:
             self._restore_ema(saved)
         for turn, optimizer in self.method.optimizers().items():
@@ -112,7 +116,7 @@ class Snapshots:
     def _names(self) -> dict[nn.Parameter, str]:
         return {
             p: f"{top}.{name}"
-            for top, module in self.method.modules().items()
+            for top, module in all_modules(self.method).items()
             for name, p in module.named_parameters()
         }
 

@@ -80,6 +80,8 @@ class Identity:
 
 def base_of(recipe: Recipe) -> str:
     """The key that names what adapters sit on, and what it says: ``lora.base runs/small``."""
+    if recipe.train.method != "denoise" and recipe.distil.teacher:
+        return f"distil.teacher {recipe.distil.teacher}"
     if not recipe.lora.enabled:
         return ""
     key = "lora.base" if recipe.lora.base else "model.name_or_path"

@@ -12,7 +12,7 @@ from motionloom.data.batch import Batch
 from motionloom.parallel import Gradients, Ranks, clip_, grad_norm
 from motionloom.rng import key_to_seed
 from motionloom.train.guard import Guard
-from motionloom.train.method import Losses, Method, StepContext
+from motionloom.train.method import Losses, Method, StepContext, all_modules
 from motionloom.train.metrics import Running
 from motionloom.train.optim import set_lr
 from motionloom.train.schedule import lr_ratio
@@ -37,7 +37,7 @@ class Stepper:
         """Video tokens seen by this rank so far in the session."""
         self._optimizers = method.optimizers()
         self._parameters = {turn: _trained(o) for turn, o in self._optimizers.items()}
-        modules = method.modules().values()
+        modules = all_modules(method).values()
         self._gradients = {
             turn: Gradients(method.losses, parameters, modules, ranks)
             for turn, parameters in self._parameters.items()

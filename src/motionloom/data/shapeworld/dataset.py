@@ -68,7 +68,7 @@ def write_dataset(
     # What is off is left out, so that folders from before there was a choice are still known.
     chosen = {"references": references, "masks": masks}
     origin = {
-        "world": {key: value for key, value in asdict(world).items() if key != "only" or value},
+        "world": {key: value for key, value in asdict(world).items() if key not in ("only", "pace") or value},
         "seed": seed,
         "split": split,
         "scenes": scenes,

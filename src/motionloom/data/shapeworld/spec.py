@@ -126,6 +126,8 @@ class World:
     ``only`` holds (attribute, value) pairs of shape, color or motion that clips must have, those of one
     attribute being alternatives; the split stays that of the world without them. See :meth:`narrowed`.
 
+    ``pace``: seconds for which periodic motions draw how often they repeat; None: the clip, however long.
+
     Raises:
         UserError: an unknown attribute, fewer than two colours for two objects, or too few frames or pixels.
     """
@@ -141,6 +143,7 @@ class World:
     width: int = 32
     fps: float = 8.0
     only: tuple[tuple[str, str], ...] = ()
+    pace: float | None = None
 
     def __post_init__(self) -> None:
         known: dict[str, tuple[str, ...]] = {
@@ -194,6 +197,12 @@ class World:
     def modes(cls, size: int = 32, frames: int = 17, fps: float = 8.0) -> World:
         """The quickstart's with a bounce, which can be heard: for conditions, scenes and sound."""
         return replace(cls.quickstart(size, frames, fps), motions=("left", "right", "up", "down", "bounce"))
+
+    @classmethod
+    def endless(cls, size: int = 32, frames: int = 49, fps: float = 8.0) -> World:
+        """What can go on for ever at an even pace, of the quickstart's shapes and colours: for streaming."""
+        motions = ("bounce", "circle", "still")
+        return replace(cls.quickstart(size, frames, fps), motions=motions, pace=2.0)
 
     def narrowed(self, only: Mapping[str, Sequence[str]]) -> World:
         """The part of this world whose clips have one of the given values of each attribute.
@@ -277,13 +286,15 @@ class World:
         """A clip of exactly these attributes; ``rng`` draws only places, phases and speeds."""
         length = self.frames if frames is None else frames
         assert len(wanted) in RADIUS, "one or two objects"
-        objects = tuple(_place(a, len(wanted), length, self.extent, rng) for a in wanted)
+        # Of one pace, a clip of twice the length holds twice the periods.
+        paces = 1.0 if self.pace is None else (length - 1) / (self.fps * self.pace)
+        objects = tuple(_place(a, len(wanted), length, self.extent, rng, paces) for a in wanted)
         if len(objects) == 2:
             # Objects may cross, but a clip in which one hides the other cannot be captioned honestly.
             for _ in range(PLACEMENTS):
                 if _overlap(objects) <= 0.0:
                     break
-                other = tuple(_place(a, len(wanted), length, self.extent, rng) for a in wanted)
+                other = tuple(_place(a, len(wanted), length, self.extent, rng, paces) for a in wanted)
                 objects = min(objects, other, key=_overlap)
         return ClipSpec(objects, background, length, self.height, self.width, self.fps, wording)
 
@@ -297,6 +308,7 @@ PRESETS: dict[str, Callable[..., World]] = {
     "full": World.full,
     "quickstart": World.quickstart,
     "modes": World.modes,
+    "endless": World.endless,
 }
 
 
@@ -373,9 +385,14 @@ def _pairs(triple: Combination) -> tuple[tuple[str | None, ...], ...]:
 
 
 def _place(
-    wanted: Attributes, count: int, frames: int, extent: tuple[float, float], rng: np.random.Generator
+    wanted: Attributes,
+    count: int,
+    frames: int,
+    extent: tuple[float, float],
+    rng: np.random.Generator,
+    paces: float,
 ) -> ObjectSpec:
-    """Draw where and how fast, so that the whole path stays inside the frame."""
+    """Draw where and how fast, so that the whole path stays inside the frame; periods times ``paces``."""
     radius = RADIUS[count][wanted.size]
     motion = wanted.motion
     margin = EXTENT * radius * (GROWTH if motion in ("grow", "shrink") else 1.0)
@@ -413,7 +430,7 @@ def _place(
         wanted.size,
         motion,
         radius,
-        *(round(float(v), 6) for v in (x, y, travel, phase, turns)),
+        *(round(float(v), 6) for v in (x, y, travel, phase, turns * paces)),
     )
 
 

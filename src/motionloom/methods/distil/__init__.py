@@ -1,0 +1,1 @@
+"""Distillation: a teacher of many steps into a student of few."""

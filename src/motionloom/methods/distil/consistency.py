@@ -1,0 +1,57 @@
+"""Consistency from an autoregressive teacher: neighbours on the teacher's way lead to one clean clip (Song et
+al., 2303.01469; causal: 2605.15141).
+
+Two states of one trajectory, a step of the teacher apart, must give the same clean estimate; at the end of
+the way that estimate is the clip itself. The answer at the cleaner state is the student's own, without a
+gradient (Song & Dhariwal, 2310.14189, sec. 3.2, found no average of it is needed). No trajectories are
+stored: the noisier state is the cache's clip with noise, the cleaner one a guided Euler step of the teacher
+from there. With a teacher that saw clean history (``plan.forcing: teacher``) a causal student can follow the
+way that it is shown, which it cannot where the teacher looked ahead (2602.02214).
+
+Shapes: B batch, D draws of a layout.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from motionloom.config.recipe import Recipe
+from motionloom.data.batch import Batch
+from motionloom.flow import sigma_schedule
+from motionloom.generate import Model
+from motionloom.methods.distil.lesson import Teacher, at_levels, fitted, guess, table_draws
+from motionloom.methods.distil.ode import Regression, clean_losses
+from motionloom.train.method import Losses, StepContext
+
+
+class Consistency(Regression):
+    """Mean squared difference of two clean estimates, a step of the teacher apart."""
+
+    def __init__(self, recipe: Recipe, student: Model, teacher: Teacher) -> None:
+        super().__init__(recipe, student)
+        self._teacher = teacher
+        self._grid = sigma_schedule(recipe.distil.grid_steps, shift=recipe.distil.shift).tolist()
+
+    def losses(self, batch: Batch, context: StepContext) -> Losses:
+        """As :class:`~motionloom.train.method.Method`."""
+        asked, student = self._pupil.ask(batch, context), self._pupil.model
+        noise = self._pupil.noise(asked.clean, context, "noise")
+        layout = student.plan.layout(asked.sample, asked.text, asked.given)
+        draws = max(track.num_draws for track in layout.tracks.values())
+        if self._teacher.draws(asked) != draws:
+            draws = 1  # a teacher that knows one level for the whole clip
+        index_BD, now_BD = table_draws(self._grid[:-1], (len(batch.ids), draws), context)
+        next_BD = torch.tensor(self._grid)[index_BD + 1]
+        x, levels = at_levels(student.predictor, layout, asked.clean, now_BD, noise)
+        shown = self._teacher.guess(asked, asked.sample, asked.clean, now_BD, noise, x)
+        cleaner, targets = {}, {}
+        for m, track in layout.tracks.items():
+            targets[m] = track.sigmas(fitted(next_BD, track).to(x[m].device))
+            level_BN = track.target(track.level_BN).expand(len(batch.ids), -1)
+            step_BN = (targets[m] - levels[m]).gather(1, level_BN)
+            step_BFS1 = step_BN.unflatten(1, x[m].shape[1:3])[..., None]
+            cleaner[m] = x[m] + step_BFS1 * shown[m].velocity_BFSC
+        with torch.no_grad():
+            end = guess(student.predictor, layout, asked.clean, cleaner, targets, noise, asked.text)
+        found = guess(student.predictor, layout, asked.clean, x, levels, noise, asked.text)
+        return clean_losses(found, {m: one.clean_BFSC for m, one in end.items()}, layout)
