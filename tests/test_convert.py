@@ -212,6 +212,144 @@ def test_an_old_pickle_is_taken_out(tmp_path):
     same(dict(opened("wan", tmp_path / "d").state_dict()), tensors("wan"))
 
 
+# ---- students of CausVid and Self-Forcing
+
+
+def student(folder: Path, change: float = 0.0, wrapper: str = "model.") -> dict[str, Tensor]:
+    """A state dict as their trainers save it: the authors' names behind those of the classes around them."""
+    if not (folder / "o").exists():
+        save_original("wan", folder / "o")
+    original = load_file(folder / "o" / "model.safetensors")
+    return {f"{wrapper}{name}": t + change for name, t in original.items()}
+
+
+WRAPPED = {
+    "causvid": "model.",
+    "fsdp": "model._fsdp_wrapped_module.",
+    "every wrapper": "_fsdp_wrapped_module.model._fsdp_wrapped_module._checkpoint_wrapped_module.",
+    "ddp": "module.model.",
+    "compiled": "_orig_mod.model.",
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED.values(), ids=WRAPPED)
+def test_a_causvid_model_pt_becomes_a_folder_that_a_recipe_names(wrapper, tmp_path):
+    saved = tmp_path / "checkpoint_model_003000"
+    saved.mkdir()
+    weights = {"generator": student(tmp_path, wrapper=wrapper), "critic": student(tmp_path, 1.0)}
+    torch.save(weights, saved / "model.pt")
+    answer = call("convert", str(saved), str(tmp_path / "d"), "--json")  # the folder, as it is trained
+    assert answer.code == 0, answer.err
+    assert "model.pt: generator is taken, not critic" in answer.err
+    same(dict(opened("wan", tmp_path / "d").state_dict()), tensors("wan"))
+
+
+def test_blocks_alone_may_be_wrapped(tmp_path):
+    names = student(tmp_path)
+    wrapped = {re.sub(r"blocks\.(\d+)\.", r"blocks.\1._fsdp_wrapped_module.", n): t for n, t in names.items()}
+    assert wrapped.keys() != names.keys()
+    torch.save({"generator": wrapped}, tmp_path / "model.pt")
+    converted(str(tmp_path / "model.pt"), str(tmp_path / "d"))
+    same(read(tmp_path / "d"), tensors("wan"))
+
+
+def test_of_a_self_forcing_student_the_averaged_weights_are_taken_or_with_raw_the_last(tmp_path):
+    fsdp = "model._fsdp_wrapped_module."
+    content = {
+        "generator": student(tmp_path, 1.0),
+        "critic": {},
+        "generator_ema": student(tmp_path, 0.0, fsdp),
+    }
+    torch.save(content, tmp_path / "model.pt")
+    answer = call("convert", str(tmp_path / "model.pt"), str(tmp_path / "ema"), "--json")
+    assert "generator_ema is taken, not generator, critic (generator: --raw)" in answer.err
+    answer = call("convert", str(tmp_path / "model.pt"), str(tmp_path / "last"), "--raw", "--json")
+    assert "generator is taken, not critic, generator_ema" in answer.err
+    same(read(tmp_path / "ema"), tensors("wan"))
+    same(read(tmp_path / "last"), {name: t + 1.0 for name, t in tensors("wan").items()})
+
+
+def test_what_stands_beside_the_network_in_a_student_is_counted(tmp_path):
+    beside = {"scheduler.sigmas": torch.ones(3), "_cls_pred_branch.0.weight": torch.ones(2, 2)}
+    torch.save({"generator": student(tmp_path) | beside}, tmp_path / "model.pt")
+    assert converted(str(tmp_path / "model.pt"), str(tmp_path / "d"))["left_out"] == 2
+    same(read(tmp_path / "d"), tensors("wan"))
+
+
+def test_a_run_begins_with_a_converted_student(workshop, tmp_path):
+    torch.save({"generator": student(tmp_path)}, tmp_path / "model.pt")
+    folder = f"model.name_or_path={tmp_path / 'd'}"
+    pickled = f"model.name_or_path={tmp_path / 'model.pt'}"
+    assert f"motionloom convert {tmp_path / 'model.pt'} FOLDER" in told("inspect", "wan.yaml", pickled)
+    converted(str(tmp_path / "model.pt"), str(tmp_path / "d"))
+    words = (folder, "plan.type=chunks", "plan.frames=1", "experiment_name=student", "train.max_steps=1")
+    answer = call("train", "wan.yaml", "--cache", "cache", *words, "--json")
+    assert answer.code == 0, answer.err
+    first = checkpoint.load(workshop / "runs/student").weights(ema=False)
+    moved = [float((first[f"backbone.{name}"] - t).abs().max()) for name, t in tensors("wan").items()]
+    assert 0 < max(moved) <= 0.011, "one step of 0.01 away"
+
+
+def _without(names: dict[str, Tensor], part: str) -> dict[str, Tensor]:
+    return {name: t for name, t in names.items() if part not in name}
+
+
+FAULTY_STUDENTS: dict[str, tuple[Any, str]] = {
+    "a critic alone": (
+        lambda s: {"critic": s, "step": 3},
+        "holds no dictionary of tensors (it has critic, step)",
+    ),
+    "an empty one": (lambda s: {"generator": {}}, "holds no dictionary of tensors (it has generator)"),
+    "a number inside": (
+        lambda s: {"generator": {**s, "step": 3}},
+        "generator holds more than tensors (step)",
+    ),
+    "cut by FSDP": (
+        lambda s: {"generator": {"model._fsdp_wrapped_module._flat_param": torch.ones(9)}},
+        "is a part of weights that FSDP has cut: save them whole (FULL_STATE_DICT)",
+    ),
+    "a name twice": (
+        lambda s: {"generator": {**s, **{f"_orig_mod.{name}": t for name, t in s.items()}}},
+        "twice, once as _orig_mod.model.",
+    ),
+    "a block missing": (
+        lambda s: {"generator": _without(s, "blocks.1.")},
+        "its shapes are those of no preset",
+    ),
+    "a tensor missing": (
+        lambda s: {"generator": _without(s, "head.head.bias")},
+        "; of tiny 1 missing (proj_out.bias",
+    ),
+    "another network": (
+        lambda s: {"generator": {f"model.unet.{i}": torch.ones(1) for i in range(3)}},
+        "is of none of the families wan",
+    ),
+    "an object": (
+        lambda s: {"generator": s, "config": Path("x")},
+        "holds more than tensors, which is not built",
+    ),
+}
+
+
+@pytest.mark.parametrize("make, message", FAULTY_STUDENTS.values(), ids=FAULTY_STUDENTS)
+def test_a_student_that_is_not_whole_is_one_line(make, message, tmp_path):
+    torch.save(make(student(tmp_path)), tmp_path / "model.pt")
+    assert message in told("convert", str(tmp_path / "model.pt"), str(tmp_path / "d"))
+    assert not (tmp_path / "d").exists()
+
+
+def test_raw_needs_averaged_weights_beside_others(tmp_path):
+    torch.save({"generator": student(tmp_path)}, tmp_path / "model.pt")
+    words = ("convert", str(tmp_path / "model.pt"), str(tmp_path / "d"), "--raw")
+    assert "model.pt holds no averaged weights beside others: leave it out" in told(*words)
+
+
+def test_a_student_cut_short_is_one_line(tmp_path):
+    torch.save({"generator": student(tmp_path)}, tmp_path / "model.pt")
+    os.truncate(tmp_path / "model.pt", 20_000)
+    assert "copy it again" in told("convert", str(tmp_path / "model.pt"), str(tmp_path / "d"))
+
+
 def test_nothing_is_written_where_something_is_wrong(tmp_path):
     save_diffusers("wan", tmp_path / "d", "60KB")
     next((tmp_path / "d").glob("*-00002-of-*")).unlink()

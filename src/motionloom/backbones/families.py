@@ -269,8 +269,22 @@ def _fitting(weights: Weights, family: Family) -> Sizes:
             return family.preset(name)
     raise UserError(
         f"{weights.where} has no config.json of diffusers beside it, and its shapes are those of no preset "
-        f"of {family.name} ({', '.join(family.presets)}): put the config.json beside it"
+        f"of {family.name} ({', '.join(family.presets)}{_nearly(weights, family)}): put the config.json "
+        "beside it"
     )
+
+
+def _nearly(weights: Weights, family: Family) -> str:
+    """The preset that weights miss by little, and what: a file that is not whole."""
+    held = {(name, stored.shape) for name, stored in weights.tensors.items()}
+
+    def shared(name: str) -> float:
+        shapes = set(_preset_shapes(family.name, name).items())
+        return len(shapes & held) / len(shapes | held)
+
+    best = max(family.presets, key=shared)
+    problem = mismatch(_preset_shapes(family.name, best), weights)
+    return f"; of {best} {problem}" if shared(best) > 0.9 else ""
 
 
 @cache

@@ -44,7 +44,7 @@ ORIGINAL_KEYS = KeyMap(
         "head.modulation": "scale_shift_table",
         "head.head": "proj_out",
     },
-    prefixes=("", "model.diffusion_model."),
+    prefixes=("", "model.diffusion_model.", "model."),  # the last: CausVid's and Self-Forcing's
     marks=("head.modulation", "blocks.0.self_attn.q.weight"),
 )
 """Wan 2.1 and 2.2, all sizes; ``patch_embedding`` has one name in both layouts."""

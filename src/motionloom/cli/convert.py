@@ -33,6 +33,8 @@ class Source:
     sizes: Sizes
     weights: Weights
     left_out: int = 0
+    note: str = ""
+    """What of a file was taken, and what was not."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,8 @@ def run(source: Path, target: Path, wish: Wish, as_json: bool) -> None:
         console.note(
             f"{source} holds two networks: this is transformer; convert {source / 'transformer_2'} as well"
         )
+    if found.note:
+        console.note(found.note)
     if found.left_out:
         console.note(f"{found.left_out} tensors of {source} are no part of the network and are left out")
     sink = Sink.of(_laid_out(found, wish.to), _dtype(wish.dtype))
@@ -137,17 +141,26 @@ def _open(path: Path, wish: Wish) -> Source:
 
     if is_checkpoint(path):
         return _checkpoint(path, wish)
-    if wish.raw:
-        raise UserError(f"--raw: {path} is no checkpoint of motionloom, so none are averaged: leave it out")
-    pickle = only_pickle(path) if path.is_dir() else path
+    pickle, note = only_pickle(path) if path.is_dir() else path, ""
     if pickle is not None and pickle.is_file() and is_pickle(pickle):
-        from motionloom.backbones.weights.pickles import open_pickle
-
-        opened = open_pickle(pickle)
+        opened, note = _pickled(pickle, wish.raw)
+    elif wish.raw:
+        raise UserError(f"--raw: {path} is no checkpoint of motionloom, so none are averaged: leave it out")
     else:
         opened = open_weights(path)
     found = recognise(opened, wish.family, wish.preset, ("--family", "--preset"))
-    return Source(found.layout, found.family, found.sizes, found.weights, found.left_out)
+    return Source(found.layout, found.family, found.sizes, found.weights, found.left_out, note)
+
+
+def _pickled(path: Path, raw: bool) -> tuple[Weights, str]:
+    """Weights that others pickled, and which of the file's they are."""
+    from motionloom.backbones.weights.pickles import AVERAGED, TRAINED, read_pickle
+
+    found = read_pickle(path, raw)
+    if not found.taken or not found.left:
+        return found.weights, ""
+    other = f" ({TRAINED}: --raw)" if found.taken == AVERAGED and TRAINED in found.left else ""
+    return found.weights, f"{path}: {found.taken} is taken, not {', '.join(found.left[:6])}{other}"
 
 
 def _checkpoint(path: Path, wish: Wish) -> Source:

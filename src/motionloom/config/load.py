@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from motionloom.config.causvid import from_causvid
 from motionloom.config.former import from_former
 from motionloom.config.keys import expected, flatten, keys, shown, unflatten, unknown
 from motionloom.config.misfits import cautions
@@ -55,8 +56,8 @@ def load_recipe(path_or_name: str | Path, overrides: Sequence[str] = ()) -> Reci
 def load_recipe_with_notes(
     path_or_name: str | Path, overrides: Sequence[str] = ()
 ) -> tuple[Recipe, list[str]]:
-    """:func:`load_recipe`, and one line for everything that a YAML written for mmdit says in vain, or that is
-    allowed and seldom meant."""
+    """:func:`load_recipe`, and one line for everything that a YAML written for mmdit, CausVid or Self-Forcing
+    says in vain, or that is allowed and seldom meant."""
     path = find_recipe(path_or_name)
     layers = [*_file_layers(path), *map(_override_layer, overrides)]
     problems: list[str] = []
@@ -177,8 +178,14 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _root_layer(path: Path, flat: dict[str, Any]) -> _Layer:
-    """A file that starts from no other: ours, or one for mmdit."""
-    translated = from_mmdit(flat, _label(path))
+    """A file that starts from no other: ours, or one for mmdit, CausVid or Self-Forcing."""
+
+    def defaults() -> dict[str, Any]:
+        beside = path.with_name("default_config.yaml")
+        return flatten(_read(beside)) if beside != path and beside.is_file() else {}
+
+    label = _label(path)
+    translated = from_mmdit(flat, label) or from_causvid(flat, label, defaults)
     if translated is None:
         return _Layer(_label(path), *from_former(flat, _label(path)))
     values, notes = translated
