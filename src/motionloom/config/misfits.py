@@ -46,6 +46,7 @@ def misfits(r: Recipe) -> Iterator[str]:
     if r.train.sample_cfg_interval[0] >= r.train.sample_cfg_interval[1]:
         yield "train.sample_cfg_interval must be [low, high] with low < high"
     yield from _guidance_misfits(r)
+    yield from _student_misfits(r)
     if r.train.objective != "flow" and r.flow_matching.path != "linear":
         yield "flow_matching.path cosine needs train.objective flow: use path linear or objective flow"
     if r.diffusion.beta_start > r.diffusion.beta_end:
@@ -87,6 +88,30 @@ def _guidance_misfits(r: Recipe) -> Iterator[str]:
         yield "guidance.skip_scale leaves out self-attention in no block: list guidance.skip_blocks, from 0"
     if len({one.condition for one in more.conditions}) < len(more.conditions):
         yield "guidance.conditions names a condition twice: keep one scale for each"
+
+
+def _student_misfits(r: Recipe) -> Iterator[str]:
+    """What a student cannot be taught, and keys of one method that another does not read."""
+    method, d = r.train.method, r.distil
+    if method == "denoise":
+        return
+    if method != "ode" and not d.teacher:
+        yield f"train.method {method} learns from a teacher: name a run or a checkpoint in distil.teacher"
+    if r.train.objective != "flow":
+        yield f"train.method {method} needs train.objective flow, not {r.train.objective}: leave that out"
+    if any(0 < condition.strength < 1 for condition in r.plan.conditions):
+        yield (
+            f"train.method {method} draws fresh noise between its steps, which hints do not go with: use "
+            "plan.conditions of strength 1"
+        )
+    rolls = method == "matching" and d.source == "rollout"
+    if d.longest is not None and not (rolls and r.plan.type == "chunks"):
+        yield (
+            "distil.longest is for roll-outs of chunks (train.method matching, distil.source rollout, "
+            "plan.type chunks): leave it out"
+        )
+    if d.critic == "lora" and d.loss == "gan":
+        yield "distil.loss gan trains its critic's blocks as the judge's trunk: use distil.critic full"
 
 
 def _text_misfits(text: TextEncoderConfig) -> Iterator[str]:

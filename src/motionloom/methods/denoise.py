@@ -18,16 +18,15 @@ from motionloom.data.batch import Batch, dropped_captions
 from motionloom.data.sample import batch_sample
 from motionloom.errors import UserError
 from motionloom.methods.objective import objective
+from motionloom.methods.references import reference_tokens
 from motionloom.nn.patching import patchify
 from motionloom.plans import (
-    Given,
     Layout,
     Plan,
     Stream,
     Streams,
     Text,
     Values,
-    as_shown,
     to_streams,
 )
 from motionloom.plans.tokens import ByModality
@@ -106,7 +105,8 @@ class Denoise:
         path = self._objective.path
         clean = {m: patchify(batch.latents[m].x_BFHWC, self._patch_of(m)) for m in layout.tracks}
         noise = {m: _randn(x, context, _purpose("noise", m)) for m, x in clean.items()}
-        values = Values(clean, self._references(batch, layout, given, context))
+        references = reference_tokens(batch, given, context, self._patch, path.mix)
+        values = Values(clean, {m: references[m] for m in layout.tracks if m in references})
         sigma = {}
         for m, track in layout.tracks.items():
             shape = (len(batch.ids), track.num_draws)
@@ -168,22 +168,6 @@ class Denoise:
             (sigma_BN * counted_BN).sum(dim=1) / per_sample_B,
             total_B > 0,
         )
-
-    def _references(
-        self, batch: Batch, layout: Layout, given: Given, context: StepContext
-    ) -> dict[str, tuple[Tensor, ...]]:
-        """Reference tokens as they are shown: most of them clean, some at a noise level of their own."""
-        found = {}
-        for m, track in layout.tracks.items():
-            shown = []
-            for i, how in enumerate(given.references.get(m, ())[: len(track.references)]):
-                x_BFSC = patchify(batch.references[m][i].x_BFHWC, self._patch_of(m))
-                noise_BFSC = x_BFSC
-                if how.noise_B is not None:
-                    noise_BFSC = _randn(x_BFSC, context, f"noise reference {m} {i}")
-                shown.append(as_shown(x_BFSC, noise_BFSC, how.noise_B, self._objective.path.mix))
-            found[m] = tuple(shown)
-        return found
 
     def _patch_of(self, modality: str) -> tuple[int, int, int]:
         return self._patch if modality == "video" else (1, 1, 1)

@@ -51,7 +51,8 @@ class Consistency(Regression):
             step_BN = (targets[m] - levels[m]).gather(1, level_BN)
             step_BFS1 = step_BN.unflatten(1, x[m].shape[1:3])[..., None]
             cleaner[m] = x[m] + step_BFS1 * shown[m].velocity_BFSC
+        values = asked.values(asked.clean)
         with torch.no_grad():
-            end = guess(student.predictor, layout, asked.clean, cleaner, targets, noise, asked.text)
-        found = guess(student.predictor, layout, asked.clean, x, levels, noise, asked.text)
+            end = guess(student.predictor, layout, values, cleaner, targets, noise, asked.text)
+        found = guess(student.predictor, layout, values, x, levels, noise, asked.text)
         return clean_losses(found, {m: one.clean_BFSC for m, one in end.items()}, layout)

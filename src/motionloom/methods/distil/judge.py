@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from motionloom.backbones.base import Backbone
+from motionloom.nn.init import fill, init_linears
 from motionloom.nn.norms import rms_norm
 
 
@@ -52,12 +53,8 @@ class Judge(nn.Module):
 
     def init_weights(self, generator: torch.Generator) -> None:
         """Every weight anew."""
-        for head in self.heads:
-            assert isinstance(head, Head)
-            for layer in (head.value, head.word):
-                nn.init.normal_(layer.weight, std=layer.in_features**-0.5, generator=generator)
-                nn.init.zeros_(layer.bias)
-            nn.init.zeros_(head.question)
+        init_linears(self, generator)
+        fill(0.0, *(head.question for head in self.heads if isinstance(head, Head)))
 
     def forward(self, features: Mapping[int, Tensor]) -> Tensor:
         """(B,) the mean of the heads' words; features by block."""

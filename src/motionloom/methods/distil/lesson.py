@@ -17,6 +17,7 @@ from motionloom.data.sample import batch_sample
 from motionloom.errors import UserError
 from motionloom.flow import PATHS
 from motionloom.generate import Model
+from motionloom.methods.references import reference_tokens
 from motionloom.nn.patching import patchify
 from motionloom.plans import Given, Layout, Sample, Text, Values, read_clip, to_streams_at
 from motionloom.plans.layout import Track
@@ -41,7 +42,7 @@ class Guess:
 def guess(
     predictor: Predictor,
     layout: Layout,
-    clean: Mapping[str, Tensor],
+    values: Values,
     x: Mapping[str, Tensor],
     levels: Mapping[str, Tensor],
     noise: Mapping[str, Tensor],
@@ -50,13 +51,13 @@ def guess(
     """One forward over whole clips.
 
     Args:
-        clean: what given tokens and clean copies show.
+        values: what given tokens, clean copies and references show.
         x: states at the levels.
         levels: (B, K) by modality.
         noise: what given tokens are mixed with where they are shown at a noise level.
     """
     mix = predictor.path.mix
-    streams = to_streams_at(layout, Values(clean), x, noise, levels, text, mix)
+    streams = to_streams_at(layout, values, x, noise, levels, text, mix)
     out = predictor.velocity(streams, layout.visibility)
     found = {}
     for m in layout.tracks:
@@ -108,6 +109,11 @@ class Asked:
     given: Given
     text: Text
     """The student's."""
+    references: Mapping[str, tuple[Tensor, ...]]
+
+    def values(self, clean: Mapping[str, Tensor]) -> Values:
+        """Clips, beside the batch's references."""
+        return Values(clean, self.references)
 
 
 @dataclass(frozen=True)
@@ -130,7 +136,9 @@ class Pupil:
             m: patchify(batch.latents[m].x_BFHWC, model.patch if m == "video" else (1, 1, 1))
             for m in sample.tracks
         }
-        return Asked(batch, sample, clean, given, batch_text(model.text_encoder, batch))
+        mix = model.predictor.path.mix
+        references = reference_tokens(batch, given, context, model.patch, mix)
+        return Asked(batch, sample, clean, given, batch_text(model.text_encoder, batch), references)
 
     def noise(self, like: Mapping[str, Tensor], context: StepContext, purpose: str) -> Tokens:
         """Standard normal noise for every modality."""
@@ -209,12 +217,13 @@ class Teacher:
         layout = plan.layout(sample, text, asked.given)
         states, levels = at_levels(predictor, layout, clean, draws, noise)
         states = states if x is None else dict(x)
-        cond = guess(predictor, layout, clean, states, levels, noise, text)
+        values = asked.values(clean)
+        cond = guess(predictor, layout, values, states, levels, noise, text)
         if self.scale == 1:
             return cond
         against = self.against(asked.batch)
         layout = plan.layout(sample, against, asked.given)
-        uncond = guess(predictor, layout, clean, states, levels, noise, against)
+        uncond = guess(predictor, layout, values, states, levels, noise, against)
         return {m: _guided(cond[m], uncond[m], self.scale) for m in cond}
 
 

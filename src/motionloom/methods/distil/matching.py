@@ -42,7 +42,7 @@ from motionloom.methods.distil.lesson import (
     table_draws,
 )
 from motionloom.methods.distil.ode import level_table, student_modules
-from motionloom.plans import NOTHING, Sample, Values
+from motionloom.plans import NOTHING, Sample
 from motionloom.train.lora import without_adapters
 from motionloom.train.method import Losses, StepContext
 from motionloom.train.muon import OPTIMIZERS
@@ -137,7 +137,7 @@ class Matching:
         table = level_table(self._config.levels, layout)
         _, sigma_BD = table_draws(table, (len(asked.batch.ids), draws), context)
         x, levels = at_levels(student.predictor, layout, asked.clean, sigma_BD, noise)
-        found = guess(student.predictor, layout, asked.clean, x, levels, noise, asked.text)
+        found = guess(student.predictor, layout, asked.values(asked.clean), x, levels, noise, asked.text)
         return Made(asked, asked.sample, {m: one.clean_BFSC.float() for m, one in found.items()})
 
     def _rolled_out(self, asked: Asked, context: StepContext) -> Made:
@@ -151,14 +151,14 @@ class Matching:
         made = rollout(
             student.predictor,
             student.plan,
-            Task(sample, longer.text, noise, given=longer.given, values=Values(longer.clean)),
+            Task(sample, longer.text, noise, given=longer.given, values=longer.values(longer.clean)),
             self._sampling,
             generator=context.device_generator("fresh noise"),
             exits=self._exits(len(stages), context),
             graph_from=next(n for n, stage in enumerate(stages) if stage[main].stop > seen.first),
         )
         # What is given stands at the beginning, so of a later window nothing is.
-        judged = asked if seen.first == 0 else replace(asked, given=NOTHING)
+        judged = asked if seen.first == 0 else replace(asked, given=NOTHING, references={})
         return Made(judged, seen.sample, {m: x[:, seen.frames[m]].float() for m, x in made.items()})
 
     def _exits(self, stages: int, context: StepContext) -> list[int]:
@@ -211,7 +211,7 @@ class Matching:
         text = teacher.text(made.asked.batch)
         layout = teacher.model.plan.layout(made.sample, text, made.asked.given)
         x, levels = at_levels(self._critic, layout, made.x, sigma_B1, noise)
-        return guess(self._critic, layout, made.x, x, levels, noise, text)
+        return guess(self._critic, layout, made.asked.values(made.x), x, levels, noise, text)
 
     def _real(self, made: Made, sigma_B1: Tensor, noise: Tokens, graph: bool = False) -> dict[str, Guess]:
         ask = self._teacher.guess_with_graph if graph else self._teacher.guess

@@ -85,7 +85,7 @@ class Ode(Regression):
             device = states_BTFSC.device
             x[m] = _chosen(states_BTFSC, track, index_BD.to(device))
             levels[m] = track.sigmas(fitted(sigma_BD, track).to(device))
-        found = guess(model.predictor, layout, asked.clean, x, levels, noise, asked.text)
+        found = guess(model.predictor, layout, asked.values(asked.clean), x, levels, noise, asked.text)
         return clean_losses(found, asked.clean, layout)
 
 
