@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from motionloom.evals.asked import Sample
     from motionloom.evals.figures import Figure, Report
     from motionloom.evals.judges import Tools
-    from motionloom.studio.page import Chart
+    from motionloom.studio.page import Chart, Table
 
 JUDGED, PAGE, SHOWN = "judged.json", "judged.html", "judged"
 MOST_SHOWN = 24
@@ -34,6 +34,7 @@ class Wish:
     encoder: str
     cuts: str
     real: Path | None
+    aesthetic: Path | None = None
 
 
 def run(folder: Path, wish: Wish, as_json: bool) -> None:
@@ -60,7 +61,7 @@ def run(folder: Path, wish: Wish, as_json: bool) -> None:
     write_atomic(folder / JUDGED, json.dumps(answer, indent=1).encode())
     _page(folder, found.items, reports, str(answer["command"]))
     for report in reports:
-        _show(console, report)
+        show(console, report)
     console.result(
         {**answer, "judged": str(folder / JUDGED), "page": str(folder / PAGE)},
         [str(folder / JUDGED), str(folder / PAGE)],
@@ -78,13 +79,14 @@ def _tools(wish: Wish) -> Tools:
         raise UserError(f"--world {wish.world}: choose {', '.join(PRESETS)}")
     detector = None if wish.cuts == "auto" else open_detector(wish.cuts)
     real = () if wish.real is None else tuple(read_real(wish.real).items)
-    return Tools(open_encoder(wish.encoder), PRESETS[wish.world](), detector, real)
+    return Tools(open_encoder(wish.encoder), PRESETS[wish.world](), detector, real, wish.aesthetic)
 
 
 HEADS = ("figure", "mean", "95 % interval", "clips", "target", "seen by")
 
 
-def _line(figure: Figure) -> tuple[str, ...]:
+def table_line(figure: Figure) -> tuple[str, ...]:
+    """A figure as a row under `HEADS`."""
     at = figure.interval
     verdict = {None: "", True: " met", False: " MISSED"}[figure.passed]
     return (
@@ -97,12 +99,16 @@ def _line(figure: Figure) -> tuple[str, ...]:
     )
 
 
-def _title(report: Report) -> str:
+def title(report: Report) -> str:
+    """Kind and protocol."""
     return f"{report.kind} ({report.figures[0].protocol})" if report.figures else report.kind
 
 
-def _show(console: Out, report: Report) -> None:
-    console.table(_title(report), HEADS, [_line(figure) for figure in report.figures])
+def show(console: Out, report: Report) -> None:
+    """Its tables, on the terminal."""
+    console.table(title(report), HEADS, [table_line(figure) for figure in report.figures])
+    for more in sums(report):
+        console.table(*more)
     if "real" in report.details:
         rows = [(name, f"{value:.3f}") for name, value in report.details["real"].items() if value is not None]
         console.table("real clips at the same places", ("figure", "mean"), rows)
@@ -115,10 +121,37 @@ def _show(console: Out, report: Report) -> None:
         )
 
 
+def tables(reports: Sequence[Report]) -> list[Table]:
+    """All figures, for a page."""
+    from motionloom.studio.page import Table
+
+    figures = [Table(title(r), HEADS, [table_line(figure) for figure in r.figures]) for r in reports]
+    return figures + [Table(*rows) for report in reports for rows in sums(report)]
+
+
+Rows = tuple[str, tuple[str, ...], list[tuple[str, ...]]]
+"""A table: title, heads, rows."""
+
+
+def sums(report: Report) -> list[Rows]:
+    """Of a VBench-style report: its sums, and what was left out and why."""
+    if "scores" not in report.details:
+        return []
+    told = [
+        (name, f"{one['value']:.3f}", f"{len(one['dimensions'])} of {one['of']}")
+        for name, one in report.details["scores"].items()
+    ]
+    left = list(report.details["left_out"].items())
+    return [
+        (f"sums {report.details['note']}", ("sum", "value", "dimensions"), told),
+        ("left out", ("dimension", "why"), left),
+    ]
+
+
 def _page(folder: Path, samples: Sequence[Sample], reports: Sequence[Report], command: str) -> None:
     """The figures as a page, the first clips beside them with what each judge says of them."""
     from motionloom.data.media import write_video
-    from motionloom.studio.page import Page, Table, Tile, write_page
+    from motionloom.studio.page import Page, Tile, write_page
     from motionloom.studio.page import Sample as Shown
 
     shown = []
@@ -140,7 +173,7 @@ def _page(folder: Path, samples: Sequence[Sample], reports: Sequence[Report], co
         samples_title="Clips",
         samples_note=f"The first {len(shown)}; what is yes or no of a clip is marked.",
         charts=[chart for report in reports if (chart := _drift(report)) is not None],
-        tables=[Table(_title(r), HEADS, [_line(figure) for figure in r.figures]) for r in reports],
+        tables=tables(reports),
         commands=command,
     )
     write_page(page, folder / PAGE)

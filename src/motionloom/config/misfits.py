@@ -47,6 +47,7 @@ def misfits(r: Recipe) -> Iterator[str]:
         yield "train.sample_cfg_interval must be [low, high] with low < high"
     yield from _guidance_misfits(r)
     yield from _student_misfits(r)
+    yield from _chunk_misfits(r)
     if r.train.objective != "flow" and r.flow_matching.path != "linear":
         yield "flow_matching.path cosine needs train.objective flow: use path linear or objective flow"
     if r.diffusion.beta_start > r.diffusion.beta_end:
@@ -112,6 +113,15 @@ def _student_misfits(r: Recipe) -> Iterator[str]:
         )
     if d.critic == "lora" and d.loss == "gan":
         yield "distil.loss gan trains its critic's blocks as the judge's trunk: use distil.critic full"
+
+
+def _chunk_misfits(r: Recipe) -> Iterator[str]:
+    """Scenes that chunks cannot tell apart."""
+    if r.plan.type == "chunks" and r.plan.positions == "reset":
+        yield (
+            "plan.positions reset sets scenes at one time, and chunks know their past by its time: use "
+            "continuous, jump or gap"
+        )
 
 
 def _text_misfits(text: TextEncoderConfig) -> Iterator[str]:

@@ -125,6 +125,7 @@ def inspect_cache(cache: Cache) -> dict[str, Any]:
         "latent_mean": [round(float(mean_C.min()), 4) + 0.0, round(float(mean_C.max()), 4) + 0.0],
         "latent_std": [round(float(std_C.min()), 4), round(float(std_C.max()), 4)],
         "text_embeddings": cache.text is not None,
+        **({"states_at": list(cache.pairs.levels)} if cache.has_states else {}),
         "bytes": sum(f.stat().st_size for f in cache.path.rglob("*") if f.is_file()),
         "made_with": cache.identity.made_with,
         "fingerprint": cache.identity.fingerprint,

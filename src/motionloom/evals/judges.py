@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from motionloom.data.shapeworld import World
 from motionloom.errors import UserError
@@ -20,6 +21,7 @@ from motionloom.evals.masked import judge_masked
 from motionloom.evals.scenes import judge_scenes
 from motionloom.evals.seam import judge_seams, seams
 from motionloom.evals.sounding import judge_sound
+from motionloom.evals.vbench import Aesthetic, Eyes, judge_vbench
 
 
 @dataclass(frozen=True)
@@ -27,21 +29,24 @@ class Tools:
     """What judges look with. ``world`` narrows what the oracle expects; ``real`` are clips to compare with.
 
     ``detector`` None: ShapeWorld's own where all captions are of it, else the change of pixels.
+    ``aesthetic``: a linear head on the encoder's vectors, see `evals.vbench.Aesthetic`.
     """
 
     encoder: Encoder
     world: World
     detector: Detector | None = None
     real: tuple[Sample, ...] = ()
+    aesthetic: Path | None = None
 
 
 @dataclass(frozen=True)
 class Judge:
-    """One kind. ``needs``: what a clip must have, in words for people."""
+    """One kind. ``needs``: what a clip must have, in words for people. ``usual``: runs without a word."""
 
     needs: str
     can: Callable[[Sample], bool]
     run: Callable[[Sequence[Sample], Tools], Report]
+    usual: bool = True
 
 
 def _of_world(samples: Sequence[Sample]) -> bool:
@@ -71,6 +76,11 @@ def _scenes(samples: Sequence[Sample], tools: Tools) -> Report:
     detector = tools.detector or open_detector("shapeworld" if known else "pixels")
     reference = [clip for clip in tools.real if len(clip.asked.scenes) > 1]
     return judge_scenes(samples, tools.encoder, detector, tools.world if known else None, reference)
+
+
+def _vbench(samples: Sequence[Sample], tools: Tools) -> Report:
+    head = None if tools.aesthetic is None else Aesthetic(tools.aesthetic, tools.encoder)
+    return judge_vbench(samples, Eyes(tools.encoder, tools.encoder, tools.world, head))
 
 
 def _masked(samples: Sequence[Sample], tools: Tools) -> Report:
@@ -104,11 +114,13 @@ JUDGES: dict[str, Judge] = {
         lambda sample: sample.sound is not None and sample.asked.facts is not None,
         lambda samples, tools: judge_sound(samples, tools.world),
     ),
+    "vbench": Judge("a picture", _seen, _vbench, usual=False),
 }
 
 
 def judge(samples: Sequence[Sample], tools: Tools, kinds: Sequence[str] = ()) -> list[Report]:
-    """The reports of ``kinds``, or of every kind that some clip allows; a judge skips clips it cannot judge.
+    """The reports of ``kinds``, or of every usual kind that some clip allows; a judge skips what it cannot
+    judge.
 
     Raises:
         UserError: an unknown kind, or one for which no clip has what it needs.
@@ -117,7 +129,7 @@ def judge(samples: Sequence[Sample], tools: Tools, kinds: Sequence[str] = ()) ->
         if kind not in JUDGES:
             raise UserError(f"--kind {kind}: choose {', '.join(JUDGES)}")
     reports = []
-    for kind in kinds or JUDGES:
+    for kind in kinds or [kind for kind, judge in JUDGES.items() if judge.usual]:
         fit = [sample for sample in samples if JUDGES[kind].can(sample)]
         if fit:
             reports.append(JUDGES[kind].run(fit, tools))

@@ -7,6 +7,9 @@ clean past, which is what generation from a cache of clean chunks computes.
 Words are read by all chunks and stand at level 0, the clean one. To a backbone that modulates its words by
 their noise (LTX-2.3) that is new: published weights saw words at the level of the video.
 
+Of several scenes none shares a chunk with the next: each begins with a chunk of its own, of one frame where
+``first_alone`` says so, and its words are read by it alone. Their places in time are those of ``scenes``.
+
 Shapes: see ``layout.py``; D chunks.
 """
 
@@ -23,8 +26,15 @@ from motionloom.plans.conditions import Conditions
 from motionloom.plans.geometry import Geometry, Sample
 from motionloom.plans.given import Given
 from motionloom.plans.layout import Layout, Made, Stage, Text
+from motionloom.plans.places import Positions, place
 from motionloom.plans.text_to_video import rule, tracks
-from motionloom.plans.visibility import CausalChunks, TeacherForcing, Visibility, full
+from motionloom.plans.visibility import (
+    CausalChunks,
+    TeacherForcing,
+    Visibility,
+    full,
+    same_scene_or_both_video,
+)
 
 
 @dataclass(frozen=True)
@@ -43,18 +53,46 @@ class Chunks:
     runs past what training showed. The masked forward has no such rule; it matters to roll-outs alone."""
     forcing: Literal["diffusion", "teacher"] = "diffusion"
     conditions: Conditions = field(default_factory=Conditions)
+    positions: Positions = "continuous"
+    """Where scenes stand in time, see ``places.py``. They cannot begin at 0 again: a chunk knows its past by
+    its time."""
+    jump: float = 0.5
+    gap: float = 4.0
     audio_loss: float = 1.0
 
+    def __post_init__(self) -> None:
+        assert self.positions != "reset", "chunks of different scenes would stand at one time"
+
     def chunk_of(self, frames: int, device: torch.device | None = None) -> Tensor:
-        """The chunk of each latent frame, (frames,). The last chunk may be shorter."""
+        """The chunk of each latent frame of one scene, (frames,). The last chunk may be shorter."""
         index = torch.arange(frames, device=device)
         return (index + self.frames - 1) // self.frames if self.first_alone else index // self.frames
 
+    def _bounds(self, main: Geometry) -> list[tuple[int, int]]:
+        """First frame and end of every chunk."""
+        # Of one scene counted in Python: reading a tensor back would make the device wait.
+        lengths = (
+            [main.grid[0]]
+            if main.scenes == 1
+            else main.scene_BF[0].unique_consecutive(return_counts=True)[1].tolist()
+        )
+        bounds, begin = [], 0
+        for length in lengths:
+            ends = [*range(int(self.first_alone) or self.frames, length, self.frames), length]
+            bounds += [(begin + a, begin + b) for a, b in pairwise([0, *ends])]
+            begin += length
+        return bounds
+
+    def _chunk_numbers(self, main: Geometry) -> Tensor:
+        """The chunk of each frame of the main modality, (F,)."""
+        if main.scenes == 1:
+            return self.chunk_of(main.grid[0], main.device)
+        lengths = torch.tensor([end - begin for begin, end in self._bounds(main)])
+        return torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(main.device)
+
     def stages(self, sample: Sample) -> list[Stage]:
         """Chunk after chunk, each from the clean past: what a stream does."""
-        frames = sample.main.grid[0]
-        ends = [*range(int(self.first_alone) or self.frames, frames, self.frames), frames]
-        bounds = list(pairwise([0, *ends]))
+        bounds = self._bounds(sample.main)
         stages: list[Stage] = [{self._main(sample): slice(*bound)} for bound in bounds]
         if len(sample.tracks) > 1:
             counts = torch.bincount(self._chunks(sample, sample.tracks["audio"]).cpu(), minlength=len(bounds))
@@ -64,7 +102,9 @@ class Chunks:
 
     def stage_layout(self, sample: Sample, given: Given) -> Layout:
         """One chunk alone. Whatever the forcing was in training, generation is the same: a noisy chunk and
-        its clean past. Nothing is hidden, since the cache holds no chunk that this one may not see."""
+        its clean past. Nothing is hidden but other scenes' words, since the cache holds no chunk that this
+        one may not see."""
+        sample = place(sample, self.positions, self.jump, self.gap)
         main = sample.main
         chunk = self.chunk_of(main.begin + main.grid[0], main.device)[main.begin]
 
@@ -72,12 +112,12 @@ class Chunks:
             nothing_F = torch.zeros(geometry.grid[0], dtype=torch.long, device=geometry.device)
             return Made(1, nothing_F[None], nothing_F + chunk)
 
-        return Layout(full, tracks(sample, given, self.audio_loss, made), None)
+        words = full if main.scenes == 1 else same_scene_or_both_video
+        return Layout(words, tracks(sample, given, self.audio_loss, made), None)
 
     def layout(self, sample: Sample, text: Text, given: Given) -> Layout:
-        frames = sample.main.grid[0]
-        # Counted in Python: reading the tensor back would make the device wait.
-        num_chunks = -(-(frames - self.first_alone) // self.frames) + self.first_alone
+        sample = place(sample, self.positions, self.jump, self.gap)
+        num_chunks = len(self._bounds(sample.main))
         teacher = self.forcing == "teacher"
 
         def made(geometry: Geometry) -> Made:
@@ -87,6 +127,8 @@ class Chunks:
         visibility: Visibility = CausalChunks(self.window, self.sinks)
         if teacher:
             visibility = TeacherForcing(self.window, self.sinks)
+        if sample.main.scenes > 1:
+            visibility = visibility & same_scene_or_both_video
         found = tracks(sample, given, self.audio_loss, made)
         return Layout(rule(visibility, text, found), found, torch.full_like(text.scene_BL, num_chunks))
 
@@ -94,7 +136,7 @@ class Chunks:
         """The chunk of each frame of any modality: for sound, that of the video frame in whose time it
         stands."""
         main = sample.main
-        chunk_F = self.chunk_of(main.grid[0], main.device)
+        chunk_F = self._chunk_numbers(main)
         if geometry is main:
             return chunk_F
         assert main.span_BF2 is not None
