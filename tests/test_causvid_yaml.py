@@ -357,6 +357,7 @@ def test_self_forcing_keeps_its_numbers(write: Write) -> None:
     recipe, _ = loaded(write, "self_forcing_dmd")
     d, t = recipe.distil, recipe.train
     assert (t.method, d.loss, d.source, d.teacher) == ("matching", "dmd", "rollout", "wan_14b")
+    assert d.critic_from == "wan"
     assert (d.scale, d.score_shift, d.critic_lr, t.lr) == (4.0, 5.0, 4e-7, 2e-6)
     assert (t.betas, t.weight_decay, d.same_exit, d.last_exit) == ((0.0, 0.999), 0.01, True, False)
     assert (recipe.ema.enabled, recipe.ema.decay, recipe.ema.start_step) == (True, 0.99, 200)
@@ -809,7 +810,14 @@ def test_a_file_of_theirs_trains_on_data_of_theirs(workshop: Path, name: str, st
         yaml.safe_dump(tiny(f"{name}.yaml", experiment_name=f"small_{name}", distil={"gan_blocks": [0, 1]}))
     )
     done("cache", f"small_{name}.yaml", "--lmdb", f"{name}_lmdb", "--out", f"{name}_cache")
-    value = done("train", f"small_{name}.yaml", "--cache", f"{name}_cache", "distil.teacher=teacher.yaml")
+    value = done(
+        "train",
+        f"small_{name}.yaml",
+        "--cache",
+        f"{name}_cache",
+        "distil.teacher=teacher.yaml",
+        "distil.critic_from=teacher.yaml",
+    )
     assert value["step"] == 1
     assert any("read as a YAML for" in note for note in value["notes"])
     assert 0 < apart(weights_of(f"runs/small_{name}"), tensors(published())) < ONE_STEP

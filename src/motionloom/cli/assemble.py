@@ -301,8 +301,8 @@ def assemble(recipe: Recipe, cache: Cache, ranks: Ranks) -> Parts:
     student = Model(recipe, tokenizer, text_encoder, predictor, plan, ranks.device, audio)
     lesson = make_lesson(recipe, student, ranks, compile)
     if recipe.train.method == "ode":
-        require_levels(cache, recipe.distil.levels)
-    whom = () if lesson is None else (lesson.teacher, lesson.critic, lesson.judge)
+        require_levels(cache, recipe.distil.levels, recipe.flow_matching.path)
+    whom = () if lesson is None else (lesson.teacher, lesson.critic, lesson.judge, lesson.critic_model)
     method = build_method(recipe, student, backbone, *whom)
     notes = [f"train.compile: {obstacle}"] if obstacle else []
     notes += [f"{read[name].where}: {found}" for name, found in loaded.items()]

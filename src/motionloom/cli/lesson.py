@@ -34,6 +34,8 @@ class Lesson:
     """Of the teacher's weights: a resume with another teacher is refused."""
     critic: nn.Module | None = None
     judge: Judge | None = None
+    critic_model: Model | None = None
+    """What the critic is the backbone of, where that is not the teacher's."""
 
 
 def make_lesson(recipe: Recipe, student: Model, ranks: Ranks, compile: bool) -> Lesson | None:
@@ -46,37 +48,46 @@ def make_lesson(recipe: Recipe, student: Model, ranks: Ranks, compile: bool) -> 
     if method not in ("consistency", "matching"):
         return None
     model = open_teacher(recipe, student, ranks)
-    assert model.weights is not None
-    name = ranks.main_does(lambda: fingerprint(model.weights, model.weights.read))  # type: ignore[arg-type,union-attr]
+    name = _hash(model, ranks)
     teacher = Teacher(model, d.scale, d.negative)
     own = model.predictor.backbone
     assert isinstance(own, nn.Module)
     if method == "consistency":
         parallelize({"teacher": own}, ranks, recipe.train.sharding, compile)
         return Lesson(teacher, name)
-    judge = None
+    other = None
+    if d.critic_from and method == "matching":
+        other = open_teacher(recipe, student, ranks, "critic_from")
+        name += f"+{_hash(other, ranks)}"
+    judge, start = None, other or model
     if d.loss == "gan":
         compile = False  # the judge looks into blocks
-        judge = Judge(_width(recipe, model), len(model.predictor.backbone.blocks()), d.gan_blocks)
+        judge = Judge(_width(start), len(start.predictor.backbone.blocks()), d.gan_blocks)
         judge.init_weights(torch_generator(recipe.seed, "judge"))
         parallelize({"judge": judge}, ranks, "ddp")
     if d.critic == "lora":
         critic = _with_adapters(recipe, model, ranks, compile)
     else:
-        critic = _copy(model, ranks)
+        critic = _copy(start)
         parallelize({"teacher": own, "critic": critic}, ranks, recipe.train.sharding, compile)
-    return Lesson(teacher, name, critic, judge)
+    return Lesson(teacher, name, critic, judge, other)
 
 
-def open_teacher(recipe: Recipe, student: Model, ranks: Ranks) -> Opened:
-    """The model that ``distil.teacher`` names, found fit for the student.
+def _hash(model: Opened, ranks: Ranks) -> str:
+    weights = model.weights
+    assert weights is not None
+    return ranks.main_does(lambda: fingerprint(weights, weights.read))
+
+
+def open_teacher(recipe: Recipe, student: Model, ranks: Ranks, key: str = "teacher") -> Opened:
+    """The model that ``distil.teacher`` or ``distil.critic_from`` names, found fit for the student.
 
     Raises:
         UserError: as :func:`make_lesson`.
     """
     from motionloom.cli.assemble import open_model
 
-    where = recipe.distil.teacher
+    where = getattr(recipe.distil, key)
     model = open_model(where, device=str(ranks.device))
     for name, mine, theirs in (
         ("tokenizer", student.tokenizer, model.tokenizer),
@@ -84,12 +95,12 @@ def open_teacher(recipe: Recipe, student: Model, ranks: Ranks) -> Opened:
     ):
         if mine is not None and _unlike(mine, theirs):
             raise UserError(
-                f"distil.teacher {where} works on latents of another {name} than the cache's: make the cache "
+                f"distil.{key} {where} works on latents of another {name} than the cache's: make the cache "
                 f"with {_key(name)}.name_or_path={where}/.../{FOLDERS.get(_key(name), name)}"
             )
     if model.patch != student.patch or set(student.modalities) - set(model.modalities):
         raise UserError(
-            f"distil.teacher {where} takes tokens of model.patch {list(model.patch)} of "
+            f"distil.{key} {where} takes tokens of model.patch {list(model.patch)} of "
             f"{' and '.join(model.modalities)}, the student {list(student.patch)} of "
             f"{' and '.join(student.modalities)}: they must be the same"
         )
@@ -97,20 +108,20 @@ def open_teacher(recipe: Recipe, student: Model, ranks: Ranks) -> Opened:
     schedule = model.predictor.schedule
     if schedule is not None and (noisiest := float(schedule.grid(1)[0])) < 1:
         raise UserError(
-            f"distil.teacher {where} knows no noise beyond sigma {noisiest:.4f}, and students start at 1: "
+            f"distil.{key} {where} knows no noise beyond sigma {noisiest:.4f}, and students start at 1: "
             "take a teacher whose schedule ends in pure noise (diffusion.zero_terminal_snr)"
         )
     checkpointed = model.recipe.model.checkpoint_blocks
     if recipe.distil.loss == "sid" and recipe.distil.critic == "lora" and checkpointed:
         raise UserError(
-            f"distil.teacher {where} recomputes its blocks, which would bring a LoRA critic back in: use "
+            f"distil.{key} {where} recomputes its blocks, which would bring a LoRA critic back in: use "
             "distil.critic full with distil.loss sid"
         )
     return model
 
 
-def _copy(model: Opened, ranks: Ranks) -> nn.Module:
-    """A critic that starts as the teacher, in float32."""
+def _copy(model: Opened) -> nn.Module:
+    """A critic that starts as a model's backbone, in float32."""
     critic = copy.deepcopy(model.predictor.backbone)
     assert isinstance(critic, nn.Module)
     return critic.float().requires_grad_(True)
@@ -134,7 +145,7 @@ def _with_adapters(recipe: Recipe, model: Opened, ranks: Ranks, compile: bool) -
     return own
 
 
-def _width(recipe: Recipe, model: Opened) -> int:
+def _width(model: Opened) -> int:
     """Numbers in a token between two blocks."""
     from motionloom.cli.assemble import backbone_start
 

@@ -429,7 +429,7 @@ def _judges(file: _File) -> None:
             file.miss(key, "teacher and critic judge whole clips")
     critic = _network(file, "fake_name" if "fake_name" in given else "model_name").recipe
     if critic != values["distil.teacher"]:
-        file.miss("fake_name", f"the critic begins as the teacher, {values['distil.teacher']}")
+        values["distil.critic_from"] = critic
     if file.house == "CausVid":
         rollout = given["backward_simulation"] is True
         if rollout and values["plan.type"] == "chunks":

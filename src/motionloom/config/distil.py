@@ -44,6 +44,9 @@ class DistilConfig(Section):
         default="full", description="lora: adapters on the teacher, so that one network is held for both."
     )
     critic_rank: Positive = 64
+    critic_from: str = Field(
+        default="", description="Whose weights the critic starts from, named like `teacher`; empty: its."
+    )
     critic_lr: Above | None = Field(default=None, description="None: `train.lr`.")
     critic_ratio: Positive = Field(default=5, description="Steps of the critic for each of the student.")
     score_shift: Above = Field(default=5.0, description="Of the levels at which teacher and critic judge.")

@@ -111,6 +111,8 @@ def _student_misfits(r: Recipe) -> Iterator[str]:
             "distil.longest is for roll-outs of chunks (train.method matching, distil.source rollout, "
             "plan.type chunks): leave it out"
         )
+    if d.critic == "lora" and d.critic_from:
+        yield "distil.critic lora is the teacher with adapters: leave distil.critic_from out"
     if d.critic == "lora" and d.loss == "gan":
         yield "distil.loss gan trains its critic's blocks as the judge's trunk: use distil.critic full"
 

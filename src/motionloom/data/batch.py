@@ -1,7 +1,7 @@
 """A batch of cached clips, as the loader hands it to a method.
 
-Shapes: B batch, F latent frames, H x W latent cells, C channels, L text tokens, S scenes. Sound is latents of
-one cell: H = W = 1, and F counts its latents.
+Shapes: B batch, F latent frames, H x W latent cells, C channels, L text tokens, S scenes, K levels.
+Sound is latents of one cell: H = W = 1, and F counts its latents.
 """
 
 from __future__ import annotations
@@ -72,6 +72,10 @@ class Batch:
     reference_captions: list[str | None] | None = None
     """What is seen in each sample's reference, where it is said."""
 
+    states: Mapping[str, Tensor] = field(default_factory=dict)
+    """By modality: where a teacher's walks to these clips stood at the K levels of its pairs, float32
+    (B, K, F, H, W, C); empty for clips that no teacher made."""
+
     @property
     def video(self) -> Latents:
         """The video; a batch of sound alone has none."""
@@ -93,6 +97,7 @@ class Batch:
             empty_text=move_text(self.empty_text),
             references={m: tuple(of.map(move) for of in all_of) for m, all_of in self.references.items()},
             masks={m: move(mask) for m, mask in self.masks.items()},
+            states={m: move(x) for m, x in self.states.items()},
         )
 
 

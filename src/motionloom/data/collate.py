@@ -1,6 +1,6 @@
 """From samples to tensors: the latents of a batch with their times and shots, pieces laid end to end.
 
-Shapes: B batch, F latent frames (of sound: latents), h x w latent cells, C channels.
+Shapes: B batch, K levels, F latent frames (of sound: latents), h x w latent cells, C channels.
 """
 
 from __future__ import annotations
@@ -86,6 +86,24 @@ class Collate:
                     given_BFhw[b, begin : begin + frames] = torch.from_numpy(mask_Fhw[part])
                 begin += frames
         return {"video": given_BFhw}
+
+    def states(self, shape: str, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """By modality: states (B, K, F, h, w, C) of a teacher's walks; none in a cache without."""
+        found: dict[str, Tensor] = {}
+        if not self._cache.has_states:
+            return found
+        rows = _rows(samples)
+        if not Bucket.parse(shape).is_sound:
+            stored = iter(self._cache.states(rows))
+            clips = [[next(stored)[:, self._frames_of(piece)[1]] for piece in sample] for sample in samples]
+            found["video"] = _end_to_end(clips)
+        if self._recipe.audio.enabled:
+            heard = iter(self._cache.sound_states(rows))
+            sounds = [
+                [part for piece in sample for part in _part(next(heard), piece) or ()] for sample in samples
+            ]
+            found["audio"] = _end_to_end(sounds)[:, :, :, None, None]
+        return found
 
     def _video(self, shots: Sequence[int], samples: Sequence[Sample]) -> Latents:
         clips, scenes = [], []
@@ -176,6 +194,11 @@ def _rows(samples: Sequence[Sample]) -> list[int]:
 def _part(sound: list[NDArray[np.float16]] | None, piece: Piece) -> list[NDArray[np.float16]] | None:
     """The sound of a piece's shots, where its row has sound."""
     return None if sound is None else sound[piece.first : piece.first + piece.count]
+
+
+def _end_to_end(clips: Sequence[Sequence[NDArray[np.float16]]]) -> Tensor:
+    """States (K, F, ...) of the pieces of each sample -> (B, K, F, ...), float32."""
+    return torch.from_numpy(np.stack([np.concatenate(parts, axis=1) for parts in clips])).float()
 
 
 def _by_shape(found: Sequence[NDArray[np.float16] | None]) -> list[tuple[Tensor, Tensor | None]]:

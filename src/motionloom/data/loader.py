@@ -147,6 +147,7 @@ class Loader:
             numbers = self.row_numbers()
             facts.append(self._cache.stamps(numbers))
             facts += [self._cache.reference_captions(numbers)] if self._recipe.references.enabled else []
+        facts += [self._cache.pairs.fingerprint] if self._cache.has_states else []
         digest = hashlib.sha256(repr([*facts, self._cache.identity.fingerprint]).encode())
         for bucket, rows in self._rows.items():
             digest.update(str(bucket).encode())
@@ -187,6 +188,7 @@ class Loader:
             empty_text=self._captions.empty(max(map(len, said.captions))),
             references=self._collate.references(samples) if recipe.references.enabled else {},
             masks=self._collate.masks(shape, samples) if recipe.masks.enabled else {},
+            states=self._collate.states(shape, samples),
             global_captions=said.global_captions,
             reference_captions=said.reference_captions,
         )

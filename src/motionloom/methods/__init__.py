@@ -26,6 +26,7 @@ def build_method(
     teacher: Teacher | None = None,
     critic: nn.Module | None = None,
     judge: Judge | None = None,
+    critic_model: Model | None = None,
 ) -> Method:
     """The recipe's method over modules that are in place (``parallel.parallelize``).
 
@@ -33,6 +34,7 @@ def build_method(
         model: of what is trained.
         teacher: needed by ``consistency`` and ``matching``.
         critic, judge: needed by ``matching``, the judge where ``distil.loss`` is gan.
+        critic_model: what the critic is the backbone of; none: the teacher's model.
     """
     match recipe.train.method:
         case "denoise":
@@ -45,7 +47,7 @@ def build_method(
         case "matching":
             assert teacher is not None
             assert critic is not None
-            return Matching(recipe, model, teacher, critic, judge)
+            return Matching(recipe, model, teacher, critic, judge, critic_model)
 
 
 __all__ = ["METHODS", "Denoise", "Method", "build_method"]

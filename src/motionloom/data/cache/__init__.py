@@ -3,6 +3,7 @@
 cache.json     what made it, with a fingerprint        clips.lance   latents, captions, sources
 tokenizer/     the tokenizer                           text.lance    embeddings of a frozen text encoder
 skipped.jsonl  clips that could not be used, and why
+pairs.json     of clips that a teacher made: how it walked, and at which noise levels its states were kept
 """
 
 from motionloom.data.cache.build import CacheReport, build_cache

@@ -9,12 +9,10 @@ Shapes: P pixel frames, H x W pixels.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,17 +24,19 @@ from motionloom.data.cache.columns import as_half, track_columns
 from motionloom.data.cache.decode import Decoded, decode_all
 from motionloom.data.cache.identity import IDENTITY_FILE
 from motionloom.data.cache.makers import UNFINISHED, Makers, settle_makers
+from motionloom.data.cache.pairs_note import PAIRS_FILE
 from motionloom.data.cache.progress import Progress
 from motionloom.data.cache.tables import CLIPS, READERS, Writer, clip_schema, open_table
 from motionloom.data.cache.text import cache_text, is_trained
 from motionloom.data.cache.tracks import tracks_of
+from motionloom.data.cache.workers import LOCK, locked
 from motionloom.data.manifest import ManifestEntry, Problem, Problems
 from motionloom.data.media import write_atomic
 from motionloom.errors import UserError
 from motionloom.text import TextEncoder, build_text_encoder, check_text_encoder
 from motionloom.tokenizers import AudioTokenizer, Tokenizer, encode_scenes
 
-_SKIPPED, _LOCK = "skipped.jsonl", ".lock"
+SKIPPED = "skipped.jsonl"
 
 # Pixels in one encode call: 256 clips of 64 x 64 x 16, or one of 512 x 512 x 64; 200 MB of float32.
 _ENCODE_PIXELS = 2**24
@@ -120,7 +120,7 @@ def build_cache(
     if text_encoder is None and not is_trained(recipe):
         # The clips take hours, and a wrong path to the words should not show behind them.
         check_text_encoder(recipe.text_encoder)
-    with _locked(out):
+    with locked(out):
         makers = settle_makers(recipe, entries, out, tokenizer, audio, on_progress)
         makers.to_fastest()
         run = _Run(out, recipe, makers, commit_seconds)
@@ -128,10 +128,10 @@ def build_cache(
         run.encode(on_progress)
         run.finish(len(entries))
         if text_encoder is None and not is_trained(recipe):
-            text_encoder = _frozen_encoder(recipe)
+            text_encoder = frozen_encoder(recipe)
         embedded = cut = 0
         if text_encoder is not None and not text_encoder.trainable:
-            wordings = _all_captions(out)
+            wordings = all_captions(out)
             embedded = cache_text(
                 out, recipe, text_encoder, wordings, lambda done, total: on_progress("captions", done, total)
             )
@@ -149,39 +149,32 @@ def _check_request(recipe: Recipe, entries: Sequence[ManifestEntry], out: Path) 
             f"preprocess.num_crops {recipe.preprocess.num_crops} with preprocess.crop center "
             "makes equal crops: set preprocess.crop=shifted, or num_crops=1"
         )
+    require_folder(out)
+    if (out / PAIRS_FILE).exists():
+        raise UserError(f"{out}: holds a teacher's pairs ({PAIRS_FILE}), not clips; name another folder")
+
+
+def require_folder(out: Path) -> None:
+    """Refuse what is neither a cache nor on the way to be one. Raises UserError."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; name a folder for the cache")
     if out.is_dir() and not (out / IDENTITY_FILE).exists():
-        names = {path.name for path in out.iterdir()} - {_LOCK, READERS, *UNFINISHED}
-        foreign = sorted(name for name in names if not name.startswith(f".{IDENTITY_FILE}."))
+        names = {path.name for path in out.iterdir()} - {LOCK, READERS, PAIRS_FILE, *UNFINISHED}
+        begun = tuple(f".{file}." for file in (IDENTITY_FILE, PAIRS_FILE))
+        foreign = sorted(name for name in names if not name.startswith(begun))
         if foreign:
             raise UserError(f"{out}: is not a cache and not empty (it holds {foreign[0]}); name a new folder")
 
 
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """One writer at a time; the lock goes with the process, however it ends."""
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        handle = open(out / _LOCK, "w")  # noqa: SIM115 - closed by the with below
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}); name another folder") from error
-    with handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise UserError(f"{out}: another run is writing this cache; wait for it to end") from error
-        yield
-
-
-def _frozen_encoder(recipe: Recipe) -> TextEncoder:
+def frozen_encoder(recipe: Recipe) -> TextEncoder:
+    """The recipe's text encoder, on a GPU where there is one."""
     encoder = build_text_encoder(recipe.text_encoder, recipe.seed)
     if torch.cuda.is_available() and hasattr(encoder, "to"):
         encoder.to("cuda")
     return encoder
 
 
-def _all_captions(out: Path) -> list[str]:
+def all_captions(out: Path) -> list[str]:
     """Every caption in the cache, those of clips from other manifests included."""
     dataset = open_table(out / CLIPS)
     said = [name for name in ("captions", "wordings", "reference_caption") if name in dataset.schema.names]
@@ -304,7 +297,7 @@ class _Run:
         """List what was skipped, drop old versions; refuse a cache without clips."""
         self.problems.usable = len(self.encoded) + self.kept
         lines = [json.dumps(vars(problem), ensure_ascii=False) + "\n" for problem in self.problems]
-        write_atomic(self.out / _SKIPPED, "".join(lines).encode())
+        write_atomic(self.out / SKIPPED, "".join(lines).encode())
         table = open_table(self.out / CLIPS)
         if table is None or table.count_rows() == 0:
             first = next(iter(self.problems), "no reason is known")

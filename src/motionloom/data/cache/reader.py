@@ -23,6 +23,7 @@ from motionloom.config.recipe import Recipe
 from motionloom.data.buckets import Bucket
 from motionloom.data.cache.identity import Identity, mismatches
 from motionloom.data.cache.makers import AUDIO_TOKENIZER, TOKENIZER
+from motionloom.data.cache.pairs_note import PairsNote
 from motionloom.data.cache.tables import CLIPS, TEXT, Blobs, hold_open, open_table, read_table
 from motionloom.data.cache.text import TextTable
 from motionloom.errors import UserError
@@ -232,6 +233,36 @@ class Cache:
             for blob, shape in zip(blobs, shapes, strict=True)
         ]
 
+    # What a teacher's walks left in a cache of pairs.
+
+    @property
+    def has_states(self) -> bool:
+        """Whether its clips are where a teacher's walks ended, with states on the way."""
+        return bool(self._has & {"states", "sound_states"})
+
+    @cached_property
+    def pairs(self) -> PairsNote:
+        """How the states came about. Raises `UserError` if that cannot be read."""
+        assert self.has_states, "a cache without states"
+        return PairsNote.read(self.path)
+
+    def states(self, numbers: Sequence[int]) -> list[NDArray[np.float16]]:
+        """States (K, F, h, w, C) of each row at the K levels of :attr:`pairs`."""
+        blobs = self._blobs["states"].take(self._places(numbers))
+        shapes = [(len(self.pairs.levels), *self._shapes[self._names[n]]) for n in numbers]
+        return [blob.view(_ITEM).reshape(shape) for blob, shape in zip(blobs, shapes, strict=True)]
+
+    def sound_states(self, numbers: Sequence[int]) -> list[list[NDArray[np.float16]]]:
+        """States (K, T, C) of each row's sound, of each part that was encoded alone."""
+        counts, levels = self._values("sound_latents"), len(self.pairs.levels)
+        blobs = self._blobs["sound_states"].take(self._places(numbers))
+        found = []
+        for number, blob in zip(numbers, blobs, strict=True):
+            x_KTC = blob.view(_ITEM).reshape(levels, -1, self._sound_channels)
+            cuts = list(itertools.accumulate(counts[number]))
+            found.append([x_KTC[:, begin:end] for begin, end in itertools.pairwise([0, *cuts])])
+        return found
+
     def audio_tokenizer(self) -> AudioTokenizer:
         """The tokenizer that made the sound's latents. Raises `UserError` in a cache without sound."""
         if self.identity.audio_spec is None:
@@ -326,17 +357,33 @@ class Cache:
                 yield f"{id_}: {blob.nbytes} bytes of {column} where {asked} are needed"
             elif not np.isfinite(blob.view(_ITEM)).all():
                 yield f"{id_}: {column} that is not finite"
+        yield from self._verify_states(number, id_)
         if self.has_masks:
             blob = self._blobs["mask"].take([place])[0]
             asked = -(-prod(self.latent_shape(bucket)[:3]) // 8)
             if len(blob) not in (0, asked):
                 yield f"{id_}: {len(blob)} bytes of mask where {bucket} needs {asked}"
 
+    def _verify_states(self, number: int, id_: str) -> Iterator[str]:
+        place, bucket = int(self._place[number]), Bucket.parse(str(self._names[number]))
+        values = {"states": prod(self.latent_shape(bucket)), "sound_states": 0}
+        if "sound_states" in self._has:
+            values["sound_states"] = sum(self._values("sound_latents")[number]) * self._sound_channels
+        for column in sorted(self._has & values.keys()):
+            blob = self._blobs[column].take([place])[0]
+            needed = len(self.pairs.levels) * values[column] * _ITEM.itemsize
+            if blob.nbytes != needed:
+                yield f"{id_}: {blob.nbytes} bytes of {column} where {needed} are needed"
+            elif not np.isfinite(blob.view(_ITEM)).all():
+                yield f"{id_}: {column} that are not finite"
+
     @cached_property
     def _latents(self) -> Blobs:
-        return Blobs(
-            self._dataset, "latents", sum(self._bytes_of(b) * len(r) for b, r in self.buckets.items())
-        )
+        return Blobs(self._dataset, "latents", self._latent_bytes)
+
+    @cached_property
+    def _latent_bytes(self) -> int:
+        return sum(self._bytes_of(bucket) * len(rows) for bucket, rows in self.buckets.items())
 
     def _bytes_of(self, bucket: Bucket) -> int:
         return prod(self.latent_shape(bucket)) * _ITEM.itemsize
@@ -355,6 +402,9 @@ class Cache:
         if "reference_sound" in self._has:
             heard = sum(self._values("reference_sound_latents"))
             sizes["reference_sound"] = heard * self._sound_channels * _ITEM.itemsize
+        if self.has_states:
+            levels = len(self.pairs.levels)
+            sizes |= {"states": levels * self._latent_bytes, "sound_states": levels * sizes["sound"]}
         return {n: Blobs(self._dataset, n, size) for n, size in sizes.items() if n in self._has}
 
 

@@ -59,6 +59,14 @@ MASK_FIELDS = [
     pa.field("mask", pa.large_binary()),  # a bit per latent cell, 1: given; empty: none
     pa.field("masked", pa.bool_()),  # whether there is one
 ]
+STATE_FIELDS = [
+    # float16 (K, F, h, w, C), row-major: where a teacher's walk stood at the levels of pairs.json; the
+    # latents are where it ended
+    pa.field("states", pa.large_binary()),
+]
+SOUND_STATE_FIELDS = [
+    pa.field("sound_states", pa.large_binary()),  # float16 (K, T, C) likewise, of all shots
+]
 TEXT_SCHEMA = pa.schema(
     [
         pa.field("caption", pa.string()),
@@ -108,6 +116,34 @@ def open_table(path: Path) -> Any:
         raise UserError(
             f"{path}: cannot be read ({_first_line(error)}); restore it or make it again"
         ) from error
+
+
+def create_table(path: Path, schema: pa.Schema) -> None:
+    """An empty table, so that several writers may append; what is there already stays.
+
+    Raises:
+        UserError: it cannot be written, or has other columns.
+    """
+    import lance
+
+    there = open_table(path)
+    if there is None:
+        with _one_line(path):
+            lance.write_dataset(schema.empty_table(), str(path), mode="create")
+    elif there.schema.names != schema.names:
+        raise UserError(
+            f"{path}: has the columns {', '.join(there.schema.names)} and not {', '.join(schema.names)}: "
+            "name a new folder"
+        )
+
+
+def copy_table(source: Path, target: Path) -> None:
+    """All rows of a table in place of those of another, in one commit."""
+    import lance
+
+    mode = "create" if open_table(target) is None else "overwrite"
+    with _one_line(target):
+        lance.write_dataset(open_table(source), str(target), mode=mode)
 
 
 def read_table(dataset: Any, columns: Sequence[str]) -> pa.Table:
@@ -160,10 +196,11 @@ class Writer:
 
     Args:
         fresh: the first append takes the place of all rows that are there.
+        shared: others append to it as well: nothing is tidied on the way.
     """
 
-    def __init__(self, path: Path, schema: pa.Schema, *, fresh: bool = False) -> None:
-        self._path, self._schema, self._fresh = path, schema, fresh
+    def __init__(self, path: Path, schema: pa.Schema, *, fresh: bool = False, shared: bool = False) -> None:
+        self._path, self._schema, self._fresh, self._shared = path, schema, fresh, shared
         self._commits = 0
 
     def append(self, rows: Sequence[dict[str, Any]]) -> None:
@@ -176,7 +213,7 @@ class Writer:
             lance.write_dataset(self._table(rows), str(self._path), mode=mode)
         self._fresh = False
         self._commits += 1
-        if self._commits % _TIDY_COMMITS == 0:
+        if self._commits % _TIDY_COMMITS == 0 and not self._shared:
             self.tidy()
 
     def replace(self, rows: Sequence[dict[str, Any]]) -> None:
@@ -199,7 +236,7 @@ class Writer:
         """
         dataset = open_table(self._path)
         with _nobody_reads(self._path.parent) as alone:
-            if dataset is None or not alone:
+            if dataset is None or not alone or not dataset.count_rows():
                 return
             size = sum(file.stat().st_size for file in (self._path / "data").iterdir())
             rows = max(1, _FILE_BYTES * dataset.count_rows() // max(1, size))

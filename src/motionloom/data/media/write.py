@@ -169,7 +169,7 @@ def _encode(
         stream.pix_fmt = encoder.pixel_format
         stream.codec_context.options = {**encoder.options, **_quality_options(encoder, quality)}
         if encoder.pixel_format.startswith("yuv"):
-            _tag_bt709(stream.codec_context)
+            tag_bt709(stream.codec_context)
         stream.codec_context.thread_count = 1  # the bytes depend on the number of threads otherwise
         track = None
         if sound is not None and sample_rate is not None and encoder.sound_codec is not None:
@@ -194,7 +194,7 @@ def _quality_options(encoder: _Encoder, quality: int) -> dict[str, str]:
     return {encoder.quality_key: str(round(value)), **unlimited}
 
 
-def _tag_bt709(context: av.VideoCodecContext) -> None:
+def tag_bt709(context: av.VideoCodecContext) -> None:
     """Say which matrix made the yuv; untagged, players guess it from the size and small clips change hue."""
     context.colorspace = context.color_primaries = context.color_trc = 1  # BT.709 in all three tables
     context.color_range = 1  # studio range, 16..235

@@ -65,10 +65,17 @@ class Matching:
     Args:
         critic: starts as the teacher; with ``distil.critic: lora`` the teacher's own module with adapters.
         judge: of ``distil.loss: gan``.
+        critic_model: what the critic is the backbone of; none: the teacher's model.
     """
 
     def __init__(
-        self, recipe: Recipe, student: Model, teacher: Teacher, critic: nn.Module, judge: Judge | None = None
+        self,
+        recipe: Recipe,
+        student: Model,
+        teacher: Teacher,
+        critic: nn.Module,
+        judge: Judge | None = None,
+        critic_model: Model | None = None,
     ) -> None:
         d, t = recipe.distil, recipe.train
         self._config, self._teacher, self._pupil = d, teacher, Pupil(student)
@@ -79,7 +86,11 @@ class Matching:
         self._beside: dict[str, nn.Module] = {"critic": critic}
         if judge is not None:
             self._beside["judge"] = judge
-        self._critic = replace(teacher.model.predictor, backbone=critic)  # type: ignore[arg-type]
+        model = critic_model or teacher.model
+        predictor = replace(model.predictor, backbone=critic)  # type: ignore[arg-type]
+        # Unguided: it knows the student's clips alone.
+        self._critic = Teacher(replace(model, predictor=predictor))
+        self._trunk = predictor.backbone
         self._sampling = Sampling(
             solver="consistency", sigmas=d.levels, path=recipe.flow_matching.path, context=d.context_noise
         )
@@ -206,12 +217,7 @@ class Matching:
         return sigma_B1, self._pupil.noise(made.x, context, purpose)
 
     def _fake(self, made: Made, sigma_B1: Tensor, noise: Tokens) -> dict[str, Guess]:
-        """The critic's estimate, unguided: it knows the student's clips alone."""
-        teacher = self._teacher
-        text = teacher.text(made.asked.batch)
-        layout = teacher.model.plan.layout(made.sample, text, made.asked.given)
-        x, levels = at_levels(self._critic, layout, made.x, sigma_B1, noise)
-        return guess(self._critic, layout, made.asked.values(made.x), x, levels, noise, text)
+        return self._critic.guess_with_graph(made.asked, made.sample, made.x, sigma_B1, noise)
 
     def _real(self, made: Made, sigma_B1: Tensor, noise: Tokens, graph: bool = False) -> dict[str, Guess]:
         ask = self._teacher.guess_with_graph if graph else self._teacher.guess
@@ -257,9 +263,9 @@ class Matching:
     def _critic_losses(self, made: Made, context: StepContext) -> Losses:
         """Flow matching on what the student makes now; and telling it from real clips."""
         sigma_B1, noise = self._noised(made, context, "critic")
-        path = self._critic.path
+        path = self._critic.model.predictor.path
         blocks = self._judge.blocks if self._judge is not None else ()
-        with tapped(self._critic.backbone, blocks) as features:
+        with tapped(self._trunk, blocks) as features:
             fake = self._fake(made, sigma_B1, noise)
         loss_B, logs = None, {}
         for m, one in fake.items():
@@ -279,7 +285,7 @@ class Matching:
     def _word(self, made: Made, sigma_B1: Tensor, noise: Tokens) -> Tensor:
         """(B,) how real clips look at a noise level."""
         assert self._judge is not None
-        with tapped(self._critic.backbone, self._judge.blocks) as features:
+        with tapped(self._trunk, self._judge.blocks) as features:
             self._fake(made, sigma_B1, noise)
         return self._judge(dict(features))
 
