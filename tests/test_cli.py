@@ -36,12 +36,15 @@ COMMANDS = (
     "data join",
     "cache",
     "train",
+    "pairs",
     "quickstart",
     "generate",
+    "stream",
     "inspect",
     "doctor",
     "convert",
     "judge",
+    "judge stream",
 )
 """In the order in which their examples build on one another."""
 
@@ -54,10 +57,19 @@ TINY = (
 SMALLER = {
     "data shapeworld": ["--clips", "20", "--world", "quickstart"],
     "train": [*TINY, "train.max_steps=3"],
+    "pairs": ["distil.grid_steps=4", "--clips", "5"],
     "quickstart": ["--minutes", "0.02", "--no-open", *TINY],
     "generate": ["--steps", "2"],
+    "stream": ["--seconds", "1", "--steps", "1"],
 }
 """What makes the examples quick: a later option wins over an earlier one."""
+BEFORE = {
+    "stream": (
+        *("train", "causal", "--cache", "caches/small", "experiment_name=stream"),
+        *("video.num_frames=16", *TINY, "train.max_steps=1"),
+    ),
+}
+"""What an example needs besides those before it."""
 
 
 @dataclass
@@ -118,9 +130,16 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Ans
         Path("my_clips/broken.mp4").write_bytes(b"not a video")
         Image.fromarray(numpy_rng("cli").integers(0, 256, (30, 40, 3), "uint8")).save("my_clips/a still.png")
         tiny_wan(Path(example("convert")[1]))
-        yield {c: call(*example(c), *SMALLER.get(c, []), "--json") for c in COMMANDS}
+        yield {c: tried(c) for c in COMMANDS}
     finally:
         os.chdir(before)
+
+
+def tried(command: str) -> Answer:
+    """What the example answers."""
+    if command in BEFORE:
+        assert call(*BEFORE[command]).code == 0
+    return call(*example(command), *SMALLER.get(command, []), "--json")
 
 
 def tiny_wan(folder: Path) -> None:
@@ -194,6 +213,20 @@ def test_a_cache_is_continued(workshop: dict[str, Answer]) -> None:
     assert (first["encoded"], first["kept"], first["skipped"], first["clips"]) == (20, 0, 0, 20)
     again = call(*example("cache"), "--json").value
     assert (again["encoded"], again["kept"]) == (0, 20)
+
+
+def test_pairs_are_a_cache_that_trains(workshop: dict[str, Answer]) -> None:
+    value = workshop["pairs"].value
+    assert (value["made"], value["kept"], value["skipped"], value["clips"]) == (5, 0, 0, 5)
+    assert value["levels"] == pytest.approx([1, 15 / 16, 5 / 6, 5 / 8])
+    more = call(*example("pairs"), *SMALLER["pairs"], "--worker", "1/1", "--json", "--clips", "7").value
+    assert (more["made"], more["kept"], more["clips"]) == (2, 5, 7)
+    run = ("train", "quickstart", "--cache", "caches/pairs", "experiment_name=on_pairs", "--json")
+    assert call(*run, *TINY, "train.max_steps=1").value["step"] == 1
+    nameless = call("pairs", "quickstart", "--cache", "caches/small", "--out", "caches/other")
+    assert (nameless.code, "distil.teacher is empty: name a run" in nameless.err) == (2, True)
+    beside = call(*example("pairs"), "distil.grid_steps=6")
+    assert (beside.code, "do not lie on the teacher's grid" in beside.err) == (2, True)
 
 
 def test_a_run_is_written_with_its_provenance(workshop: dict[str, Answer]) -> None:
@@ -283,6 +316,82 @@ def test_doctor_examines_checkpoints(workshop: dict[str, Answer]) -> None:
     assert "the tokenizer is" in str(other.value["findings"])
 
 
+def test_stream_leaves_a_film_as_long_as_asked(workshop: dict[str, Answer]) -> None:
+    value = workshop["stream"].value
+    assert (value["out"], value["ended"], value["seconds"], value["frames"]) == ("film.mp4", "done", 1, 8)
+    chunks = [json.loads(line) for line in workshop["stream"].err.splitlines() if line.startswith("{")]
+    assert [chunk["chunk"] for chunk in chunks] == list(range(value["chunks"]))
+    assert chunks[-1]["seconds"] == 1
+    assert Path("film.mp4").is_file()
+
+
+def test_judge_stream_leaves_figures_a_page_a_sheet_and_the_films(workshop: dict[str, Answer]) -> None:
+    value = workshop["judge stream"].value
+    assert [report["kind"] for report in value["reports"]] == ["drift", "latency"]
+    assert (value["roll_outs"], value["skipped"]) == (1, [])
+    assert json.loads(Path("judged/judged.json").read_text())["reports"] == value["reports"]
+    html = Path(value["page"]).read_text()
+    shown = re.findall(r'<img src="([^"]+)"', html)
+    assert shown
+    assert all((Path("judged") / file).is_file() for file in shown)
+    assert "Looks" in html
+    assert "Time of a chunk" in html
+    # Its films are clips as any others: what can be said without having seen them made.
+    again = call("judge", "stream", value["films"], "--window", "16", "--out", "again", "--vbench", "--json")
+    assert again.code == 0, again.err
+    kinds = {report["kind"]: report for report in again.value["reports"]}
+    assert set(kinds) == {"drift", "vbench-style"}
+    assert kinds["vbench-style"]["left_out"]["imaging quality"] == "needs MUSIQ"
+    assert call("judge", value["films"], "--kind", "vbench", "--json").code == 0
+
+
+def test_judge_stream_compares_with_a_teacher_and_asks_the_oracle(workshop: dict[str, Answer]) -> None:
+    wish = ("--world", "endless", "--clips", "2", "--seeds", "0,1", "--seconds", "2", "--out", "compared")
+    teacher = ("--teacher", "runs/mine", "--teacher-steps", "2", "--json")
+    answer = call("judge", "stream", "runs/stream", *wish, *teacher)
+    assert answer.code == 0, answer.err
+    reports = {report["kind"]: report for report in answer.value["reports"]}
+    assert set(reports) == {"drift", "latency", "likeness"}
+    assert len(reports["likeness"]["clips"]) == 4
+    assert "last window: all" in {figure["name"] for figure in reports["drift"]["figures"]}
+    assert "adherence gap" in {figure["name"] for figure in reports["likeness"]["figures"]}
+    assert {clip["clip"] for clip in reports["drift"]["clips"]} == {"000", "001", "002", "003"}
+
+
+def test_judge_stream_changes_the_words_on_the_way(workshop: dict[str, Answer]) -> None:
+    wish = ("--world", "endless", "--clips", "2", "--seconds", "7", "--switch", "3", "--recache")
+    answer = call("judge", "stream", "runs/stream", *wish, "--out", "switched", "--json")
+    assert answer.code == 0, answer.err
+    report = next(report for report in answer.value["reports"] if report["kind"] == "switch")
+    assert [row["clip"] for row in report["clips"]] == ["000.0", "001.0"]
+    assert {"all, before", "all, 2 chunks on"} <= {figure["name"] for figure in report["figures"]}
+    said = json.loads(Path("switched/films/clips.json").read_text())
+    assert [one["switches"] for one in said] == [[[24, said[1]["prompt"]]], [[24, said[0]["prompt"]]]]
+
+
+def test_a_roll_out_that_turns_to_nan_is_listed_and_the_others_are_judged(
+    workshop: dict[str, Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from motionloom.generate import Stream
+
+    usual = Stream.next
+
+    def next_piece(stream: Stream) -> Any:
+        if stream.prompt == "two" and stream.chunk == 2:
+            raise FloatingPointError("the network gave numbers that are none in chunk 2")
+        return usual(stream)
+
+    monkeypatch.setattr(Stream, "next", next_piece)
+    wish = ("--prompt", "one", "--prompt", "two", "--prompt", "three", "--seconds", "2")
+    answer = call("judge", "stream", "runs/stream", *wish, "--out", "some_nan", "--json")
+    assert answer.code == 0
+    assert (answer.value["roll_outs"], len(answer.value["skipped"])) == (2, 1)
+    assert answer.value["skipped"][0].startswith("001 (two, seed 0): the network gave numbers that are none")
+    assert answer.err.splitlines()[-1] == "1 skipped"
+    alone = call("judge", "stream", "runs/stream", "--prompt", "two", "--seconds", "2", "--out", "all_nan")
+    assert (alone.code, "no roll-out came to its end; 000 (two" in alone.err) == (2, True)
+
+
 def test_a_first_frame_is_given_on_the_command_line(workshop: dict[str, Answer]) -> None:
     call("data", "shapeworld", "--out", "worlds/17", "--clips", "12", "--frames", "17", "--size", "32")
     call("cache", "first_frame", "--manifest", "worlds/17/manifest.jsonl", "--out", "caches/17")
@@ -358,6 +467,7 @@ def mistakes(workshop: dict[str, Answer]) -> None:
     """Things to stumble over, in the workshop's folder."""
     Path("empty").mkdir()
     Path("a_file").write_text("hello")
+    Path("blank.txt").write_text("\n \n")
     Path("foreign.pt").write_bytes(pickle.dumps({"weights": [1, 2]}))
     Path("foreign").mkdir()
     Path("foreign/things.txt").write_text("mine")
@@ -396,6 +506,17 @@ MISTAKES = [
     ("generate runs/mine --prompt a --out x --solver magic", "expected euler, heun"),
     ("generate runs/mine --prompt a --out x --device nosuch", "--device nosuch: cannot be used here"),
     ("generate runs/mine --prompt a --out x --image nowhere.png", "nowhere.png"),
+    ("stream runs/mine --prompt a --out x.mp4", "makes a clip whole and cannot stream"),
+    ("stream empty --prompt a --out x.mp4", "empty holds no whole checkpoint"),
+    ("stream runs/stream --prompt a", "say where to: --out FILE.mp4, --out - for a pipe, or --serve"),
+    ("stream runs/stream --out x.mp4", "--prompt is missing"),
+    ("stream runs/stream --prompt a --out film.mp4", "film.mp4: is there already"),
+    ("stream runs/stream --prompt a --out x.gif", "films that grow are mp4; name it x.mp4"),
+    ("stream runs/stream --prompt a --out x.mp4 --format rgb24", "--format rgb24 is for a pipe"),
+    ("stream runs/stream --prompt a --out x.mp4 --size 33", "use 32 or 40"),
+    ("stream runs/stream --prompt a --out x.mp4 --size wide", "for instance 64x96"),
+    ("stream runs/stream --prompt a --out x.mp4 --image nowhere.png", "nowhere.png: does not exist"),
+    ("stream runs/stream --prompt a --out x.mp4 --video red.png", "is a still, and --video is a film"),
     ("inspect empty", "empty holds no whole checkpoint"),
     ("inspect runs/mine model.depth=2", "key=value is for recipes"),
     ("inspect foreign.pt", "foreign.pt"),
@@ -420,6 +541,25 @@ MISTAKES = [
     ("convert Wan2.1-T2V-1.3B x --preset tiny", "say --family as well"),
     ("convert Wan2.1-T2V-1.3B x --shard-size big", "for instance 5GB or 800MB"),
     ("convert Wan2.1-T2V-1.3B x --raw", "is no checkpoint of motionloom"),
+    ("judge", "CLIPS"),
+    ("judge nowhere", "nowhere: no such folder"),
+    ("judge stream runs/stream --out x", "say --prompt, --prompts FILE, or --world"),
+    ("judge stream runs/stream --prompt a --out x --seeds 1,1", "write different numbers"),
+    ("judge stream runs/stream --prompt a --out x --seeds one", "write different numbers"),
+    ("judge stream runs/stream --prompt a --out x --world round", "--world round: choose full"),
+    ("judge stream runs/stream --prompts nowhere.txt --out x", "nowhere.txt: cannot be read"),
+    ("judge stream runs/stream --prompts blank.txt --out x", "blank.txt: holds no prompt"),
+    ("judge stream runs/stream --prompt a --out x --size wide", "for instance 64x96"),
+    ("judge stream runs/stream --prompt a --out x --size 33", "use 32 or 40"),
+    ("judge stream runs/stream --prompt a --out x --encoder eye", "encoder eye: choose color-histogram"),
+    ("judge stream runs/stream --prompt a --out x --aesthetic foreign.pt", "--aesthetic foreign.pt: is no"),
+    ("judge stream runs/stream --prompt a --out judged", "judged: holds judged roll-outs already"),
+    ("judge stream runs/stream --prompt a --out a_file", "a_file: cannot be made"),
+    ("judge stream runs/mine --prompt a --out x", "makes a clip whole and cannot stream"),
+    ("judge stream runs/stream --prompt a --out x --switch 1", "give two prompts or more"),
+    ("judge stream empty --prompt a --out x", "empty holds no whole checkpoint"),
+    ("judge stream judged/films --out x", "--window: say how many frames"),
+    ("judge stream judged/films --window 8 --teacher runs/mine --out x", "--teacher: compares two runs"),
     ("nosuch", "nosuch"),
 ]
 

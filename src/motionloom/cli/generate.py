@@ -103,7 +103,7 @@ def _larger_than_trained(model: Model, prepared: Prepared) -> str:
     tokens = sum(math.prod(model.latent_grid(frames, *size[1:])) for frames in alone) // patch
     frames, *cells = model.latent_grid(*usual)
     stories = model.recipe.stories
-    if model.recipe.plan.type == "scenes":
+    if model.recipe.of_shots:
         # A sample of several shots is as long as they are together, within the recipe's budget.
         frames = stories.max_latent_frames or frames * max(1, stories.shots or 1, stories.join[1])
     trained = frames * math.prod(cells) // patch

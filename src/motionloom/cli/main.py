@@ -40,7 +40,7 @@ app.add_typer(lora_app, name="lora")
 _UsageError: Any = typer.BadParameter.__base__
 
 
-CONTINUED = ("quickstart", "cache", "data shapeworld")
+CONTINUED = ("quickstart", "cache", "pairs", "data shapeworld")
 """Commands that go on where they were interrupted (`train` does with --resume, and says so itself)."""
 
 
@@ -68,7 +68,10 @@ Recipe = Annotated[
         "factorized_256; first_frame, keyframes, extend, extend_back, inpaint, outpaint, conditions, "
         "ic_lora; scenes, scenes_pretrain, scenes_sft, scenes_lora; sound, t2av, v2a, a2v, t2a, "
         "audio_extend, audio_inpaint, a2a, av2av; lora_shape, lora_wan, "
-        "lora_cogvideox, lora_ltx2",
+        "lora_cogvideox, lora_ltx2; endless, causal_teacher, causvid_ode, causvid_dmd, self_forcing, "
+        "self_forcing_sid, self_forcing_gan, self_forcing_long, self_forcing_frame, "
+        "self_forcing_scenes, self_forcing_sound, "
+        "causal_consistency, few_step; wan, wan_14b, causvid_ode_wan, causvid_dmd_wan, self_forcing_wan",
     ),
 ]
 Overrides = Annotated[
@@ -115,7 +118,10 @@ def shapeworld(
     seed: Seed = 0,
     fps: Annotated[float, typer.Option(help="Frames per second.")] = 8.0,
     world: Annotated[
-        str, typer.Option(help="full, or a part that trains in minutes: quickstart; modes, which sounds.")
+        str,
+        typer.Option(
+            help="full, or a part that trains in minutes: quickstart; modes, which sounds; endless."
+        ),
     ] = "full",
     split: Annotated[str, typer.Option(help="train, test (held-out combinations) or all.")] = "train",
     scenes: Annotated[int, typer.Option(min=1, help="More than 1: stories with one character.")] = 1,
@@ -204,15 +210,44 @@ def join(
 )
 def cache(
     recipe: Recipe,
-    manifest: Annotated[Path, typer.Option(help="Which clips.")],
     out: Annotated[Path, typer.Option(help="The cache folder; an interrupted one is continued.")],
+    manifest: Annotated[Path | None, typer.Option(help="Which clips.")] = None,
+    lmdb: Annotated[
+        Path | None,
+        typer.Option(help="... or latents of CausVid or Self-Forcing, an LMDB folder; no pixels are read."),
+    ] = None,
     overrides: Overrides = None,
     as_json: Json = False,
 ) -> None:
     """Turn pixels into latents and captions into embeddings, once."""
     from motionloom.cli import cache as command
 
-    command.run(recipe, manifest, out, overrides or [], as_json)
+    command.run(recipe, manifest, out, overrides or [], as_json, lmdb)
+
+
+@app.command(
+    epilog="Example: motionloom pairs quickstart distil.teacher=runs/mine --cache caches/small "
+    "--out caches/pairs"
+)
+def pairs(
+    recipe: Recipe,
+    cache: Annotated[Path, typer.Option(help="The cache whose captions, shapes and frame rate are taken.")],
+    out: Annotated[Path, typer.Option(help="A cache folder of its own; an interrupted one is continued.")],
+    overrides: Overrides = None,
+    clips: Annotated[
+        int | None, typer.Option(min=1, help="How many; default: one for each row of the cache.")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of the noise.")] = 0,
+    worker: Annotated[
+        str, typer.Option(metavar="I/N", help="The share of the I-th of N that write one store at once.")
+    ] = "1/1",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Let a student's teacher make clips, and keep where its walks stood at the student's noise levels."""
+    from motionloom.cli import pairs as command
+
+    command.run(recipe, cache, out, overrides or [], clips, seed, worker, device, as_json)
 
 
 @app.command(
@@ -235,6 +270,10 @@ def train(
 
 Files = list[str] | None
 """Of an option that may be repeated."""
+Aesthetic = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="vbench: LAION's linear head as safetensors, for clip:FOLDER."),
+]
 
 
 @app.command(
@@ -323,6 +362,85 @@ def generate(
     command.run(checkpoint, command.request_tree(said), request, out, raw, device, as_json, lora or [])
 
 
+@app.command(
+    epilog='Example: motionloom stream runs/stream --prompt "a blue ball" --out film.mp4 --seconds 4'
+)
+def stream(
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run of a model that makes chunks (plan.type: chunks).")
+    ],
+    prompt: Annotated[str | None, typer.Option(help="What to show; on a page it may come later.")] = None,
+    out: Annotated[
+        str | None, typer.Option(metavar="FILE.mp4|-", help="A film that grows, or - for stdout.")
+    ] = None,
+    format: Annotated[
+        str, typer.Option(help="Of stdout: mp4, in fragments, or rgb24, frame after frame.")
+    ] = "mp4",
+    seconds: Annotated[float | None, typer.Option(min=0.01, help="Its length; else until Ctrl-C.")] = None,
+    serve: Annotated[bool, typer.Option("--serve", help="A page that plays it, to be steered.")] = False,
+    host: Annotated[str, typer.Option(help="Of the page; beyond loopback with a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the page; 0: any.")] = 7861,
+    token: Annotated[str | None, typer.Option(help="That viewers must bring; else made if needed.")] = None,
+    origin: Annotated[
+        Files, typer.Option(metavar="URL", help="A page from elsewhere that may connect; a proxy's address.")
+    ] = None,
+    lead: Annotated[float, typer.Option(min=0, help="Seconds made before they are seen, on a page.")] = 1.5,
+    negative: Annotated[str, typer.Option(help="What guidance pushes away from.")] = "",
+    image: Annotated[Path | None, typer.Option(metavar="FILE", help="The first frame.")] = None,
+    video: Annotated[Path | None, typer.Option(metavar="FILE", help="A film to redraw.")] = None,
+    strength: Annotated[
+        float, typer.Option(min=0.01, max=1, help="How much of --video is drawn anew; 1: all.")
+    ] = 0.6,
+    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH or one side, in pixels.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames per second, if not the model's.")] = None,
+    seed: Seed = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Solver steps a chunk.")] = None,
+    solver: Annotated[str | None, typer.Option(help="euler, heun, dpmpp_2m or ddim.")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help="On the text; 1 is none.")] = None,
+    window: Annotated[int | None, typer.Option(min=1, help="Chunks that a chunk sees, itself too.")] = None,
+    sinks: Annotated[int | None, typer.Option(min=0, help="First chunks that it sees besides.")] = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="The last weights instead of the averaged ones.")
+    ] = False,
+    lora: Annotated[
+        Files, typer.Option(metavar="FILE[:STRENGTH]", help="A LoRA to add; repeat for several at once.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """A film without end, watched while it is made: on a page, in a file, through a pipe."""
+    from motionloom.cli import stream as command
+
+    wish = command.Wish(
+        prompt=prompt,
+        negative=negative,
+        out=out,
+        format=format,
+        seconds=seconds,
+        image=image,
+        video=video,
+        strength=strength,
+        size=size,
+        fps=fps,
+        seed=seed,
+        steps=steps,
+        solver=solver,
+        guidance=guidance,
+        window=window,
+        sinks=sinks,
+        serve=serve,
+        host=host,
+        port=port,
+        token=token,
+        origins=tuple(origin or ()),
+        lead=lead,
+        raw=raw,
+        loras=tuple(lora or ()),
+        device=device,
+    )
+    command.run(checkpoint, wish, as_json)
+
+
 @lora_app.command(epilog="Example: motionloom lora export runs/lora_wan lora/style.safetensors")
 def export(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or one of its checkpoints.")],
@@ -388,7 +506,35 @@ def doctor(
     command.run(what, overrides or [], cache, as_json)
 
 
-@app.command(epilog="Example: motionloom judge worlds/small/clips --manifest worlds/small/manifest.jsonl")
+class _ClipsFirst(typer.core.TyperGroup):
+    """``judge CLIPS`` is a command itself, beside which there is ``judge stream RUN``."""
+
+    def __init__(self, **parts: Any) -> None:
+        super().__init__(**parts)
+        self._clips = self.commands.pop("clips")
+
+    def make_context(self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any) -> Any:
+        """Of the group where ``args`` begin with a command of it, else of the command without a name."""
+        if args and args[0] in self.commands:
+            return super().make_context(info_name, args, parent, **extra)
+        return self._clips.make_context(info_name, args, parent, **extra)
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        """As :meth:`make_context`."""
+        if args and args[0] in self.commands:
+            return super().resolve_command(ctx, args)
+        return self.name, self._clips, args
+
+
+judge_app = typer.Typer(
+    cls=_ClipsFirst, help="Do clips show what was asked; what becomes of a stream as it goes on."
+)
+app.add_typer(judge_app, name="judge")
+
+
+@judge_app.command(
+    "clips", epilog="Example: motionloom judge worlds/small/clips --manifest worlds/small/manifest.jsonl"
+)
 def judge(
     clips: Annotated[Path, typer.Argument(metavar="CLIPS", help="A folder of clips and their clips.json.")],
     manifest: Annotated[
@@ -399,10 +545,12 @@ def judge(
     ] = None,
     kind: Annotated[
         list[str] | None,
-        typer.Option(help="adherence, conditions, seam, masked, scenes, sound; default: all that fit."),
+        typer.Option(
+            help="adherence, conditions, seam, masked, scenes, sound; default: all that fit. And vbench."
+        ),
     ] = None,
     world: Annotated[
-        str, typer.Option(help="What ShapeWorld's oracle expects: full, quickstart or modes.")
+        str, typer.Option(help="What ShapeWorld's oracle expects: full, quickstart, modes or endless.")
     ] = "full",
     encoder: Annotated[
         str, typer.Option(help="What compares frames: color-histogram, efficientnet-lite0 or clip:FOLDER.")
@@ -413,13 +561,99 @@ def judge(
     real: Annotated[
         Path | None, typer.Option(help="A manifest of real clips, to measure jumps and consistency by.")
     ] = None,
+    aesthetic: Aesthetic = None,
     as_json: Json = False,
 ) -> None:
-    """Do clips show what was asked: attributes, seams, scenes, cuts, sound. Writes judged.json and a page."""
+    """Do clips show what was asked: attributes, seams, scenes, cuts, sound. Writes judged.json and a page.
+
+    What becomes of a run that streams: motionloom judge stream RUN.
+    """
     from motionloom.cli import judge as command
 
-    wish = command.Wish(manifest, request, tuple(kind or ()), world, encoder, cuts, real)
+    wish = command.Wish(manifest, request, tuple(kind or ()), world, encoder, cuts, real, aesthetic)
     command.run(clips, wish, as_json)
+
+
+@judge_app.command(
+    "stream", epilog='Example: motionloom judge stream runs/stream --prompt "a red star bounces" --out judged'
+)
+def judge_stream(
+    target: Annotated[
+        Path,
+        typer.Argument(metavar="RUN|CLIPS", help="A run that streams, or a folder of clips and clips.json."),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder for figures, page, sheet and films.")],
+    prompt: Annotated[Files, typer.Option(help="What to show; repeat for more roll-outs.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="... or a file with one prompt a line.")] = None,
+    world: Annotated[
+        str, typer.Option(help="Of ShapeWorld: ask its oracle, and without prompts show its held-out ones.")
+    ] = "",
+    clips: Annotated[int, typer.Option(min=1, help="How many of --world's prompts.")] = 8,
+    seconds: Annotated[
+        float | None, typer.Option(min=0.01, help="Length of a roll-out; else four trained clips.")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Each prompt with each of them: 0,1,2.")] = "0",
+    window: Annotated[
+        int | None, typer.Option(min=4, help="Frames that are looked at at once; else a trained clip's.")
+    ] = None,
+    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH or one side, in pixels.")] = None,
+    fps: Annotated[float | None, typer.Option(help="Frames per second, if not the model's.")] = None,
+    negative: Annotated[str, typer.Option(help="What guidance pushes away from.")] = "",
+    switch: Annotated[
+        float | None, typer.Option(min=0, help="After so many seconds go over to the next prompt.")
+    ] = None,
+    recache: Annotated[
+        bool, typer.Option("--recache", help="... and compute anew under it what is remembered.")
+    ] = False,
+    steps: Annotated[int | None, typer.Option(min=1, help="Solver steps, if not the recipe's.")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help="On the text; 1 is none.")] = None,
+    teacher: Annotated[
+        Path | None, typer.Option(help="A run to compare with, from the same noise under the same words.")
+    ] = None,
+    teacher_steps: Annotated[int | None, typer.Option(min=1, help="Its solver steps.")] = None,
+    teacher_guidance: Annotated[float | None, typer.Option(min=0, help="Its guidance on the text.")] = None,
+    encoder: Annotated[
+        str, typer.Option(help="What compares frames: color-histogram, efficientnet-lite0 or clip:FOLDER.")
+    ] = "color-histogram",
+    vbench: Annotated[
+        bool, typer.Option("--vbench", help="VBench's dimensions of every window, as far as they go here.")
+    ] = False,
+    aesthetic: Aesthetic = None,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="The last weights instead of the averaged ones.")
+    ] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Roll-outs of a run: do they drift, how long are the waits, is a student like its teacher."""
+    from motionloom.cli import judge_stream as command
+
+    wish = command.Wish(
+        out,
+        tuple(prompt or ()),
+        prompts,
+        world,
+        clips,
+        seconds,
+        seeds,
+        window,
+        size,
+        fps,
+        negative,
+        switch,
+        recache,
+        steps,
+        guidance,
+        teacher,
+        teacher_steps,
+        teacher_guidance,
+        encoder,
+        vbench,
+        aesthetic,
+        raw,
+        device,
+    )
+    command.run(target, wish, as_json)
 
 
 @app.command(epilog="Example: motionloom convert Wan2.1-T2V-1.3B models/wan-1.3b --dtype bf16")
@@ -437,7 +671,8 @@ def convert(
     preset: Annotated[str, typer.Option(help="Sizes by name, where no config.json says them.")] = "",
     shard_size: Annotated[str, typer.Option(help="Largest file of a folder.")] = "5GB",
     raw: Annotated[
-        bool, typer.Option("--raw", help="Of a checkpoint the last weights, not the averaged ones.")
+        bool,
+        typer.Option("--raw", help="Of a checkpoint or a student's .pt the last weights, not the averaged."),
     ] = False,
     as_json: Json = False,
 ) -> None:

@@ -80,7 +80,7 @@ def _clips(r: Recipe) -> _Clips:
     head, (depth, rows, columns) = int(tokenizer.first_alone), r.model.patch
     latents = head + (frames - head) // tokenizer.latent_t
     # Shots that are cut or joined on their own are together as long as there are shots.
-    free, by_scenes = stories.frames is not None or stories.join[1] > 0, r.plan.type == "scenes"
+    free, by_scenes = stories.frames is not None or stories.join[1] > 0, r.of_shots
     most = [n for n in (None if stories.frames else latents, stories.shots) if n is not None]
     scenes = max(min(most), stories.join[1]) if most else None
     first = tokenizer.latent_t * depth - (tokenizer.latent_t - 1) * head

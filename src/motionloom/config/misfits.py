@@ -399,7 +399,7 @@ def _story_misfits(r: Recipe) -> Iterator[str]:
         "global_caption": stories.global_caption,
         "frames": stories.frames is not None,
     }
-    if r.plan.type != "scenes" and (keys := [key for key, given in asked.items() if given]):
+    if not r.of_shots and (keys := [key for key, given in asked.items() if given]):
         yield f"stories.{keys[0]} is for plan.type scenes, not {r.plan.type}: set the type, or leave it out"
     if most and not 1 <= least <= most:
         yield f"stories.join {[least, most]} is not [least, most] with 1 or more in each: use [1, {most}]"

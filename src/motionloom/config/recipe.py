@@ -405,6 +405,12 @@ class Recipe(Section):
     distil: DistilConfig = DistilConfig()
     ema: EmaConfig = EmaConfig()
 
+    @property
+    def of_shots(self) -> bool:
+        """Whether its clips are stories of several shots: those of a plan of scenes, and chunks of stories."""
+        told = self.stories.frames is not None or self.stories.join[1] > 0
+        return self.plan.type == "scenes" or (self.plan.type == "chunks" and told)
+
     @model_validator(mode="after")
     def _fits_together(self) -> Recipe:
         from motionloom.config.misfits import misfits  # which knows all sections, and so imports this file

@@ -53,7 +53,7 @@ def attention_rows(
 
 def _clip(recipe: Recipe, plan: Plan, grid: tuple[int, int, int]) -> tuple[Mapping[str, Any], Any]:
     frames, tokens = grid[0], grid[1] * grid[2]
-    scenes = min(SCENES, frames) if recipe.plan.type == "scenes" else 1
+    scenes = min(SCENES, frames) if recipe.of_shots else 1
     scene_F = torch.arange(frames) * scenes // frames
     times_F = torch.arange(frames + 1.0)
     geometry = Geometry(

@@ -302,7 +302,7 @@ def _unknown_to(model: Model, wish: Request, given: Sequence[Given]) -> Iterator
             f"this model was never trained with {' or '.join(new)} (plan.conditions has {names}): what is "
             "given stays exact, and how well the rest follows it is open"
         )
-    if len(wish.scenes) > 1 and plan.type != "scenes":
+    if len(wish.scenes) > 1 and not model.recipe.of_shots:
         yield f"this model was trained on clips of one scene (plan.type: {plan.type}): cuts may not come"
     if wish.scenes and (wish.prompt or wish.prompts) and not model.recipe.stories.global_caption:
         yield "this model was trained without a caption of the whole (stories.global_caption)"

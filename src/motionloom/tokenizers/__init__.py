@@ -50,9 +50,9 @@ _AUDIO_NOTE = "audio_tokenizer.json"
 def shots_alone(recipe: Recipe) -> bool:
     """Whether every shot of a clip is coded as a clip of its own.
 
-    A VAE mixes what it has seen into what follows, and a plan of scenes wants no latent frame across a cut.
+    A VAE mixes what it has seen into what follows, and of stories no latent frame may lie across a cut.
     """
-    return recipe.tokenizer.type in VAES or recipe.plan.type == "scenes"
+    return recipe.tokenizer.type in VAES or recipe.of_shots
 
 
 def fit_tokenizer(config: TokenizerConfig, clips: Sequence[Tensor]) -> Tokenizer:

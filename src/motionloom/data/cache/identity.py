@@ -158,7 +158,7 @@ def decisive_keys(recipe: Recipe) -> dict[str, Any]:
 
 def _story_keys(recipe: Recipe) -> dict[str, Any]:
     keys: dict[str, Any] = {}
-    if recipe.plan.type == "scenes" and recipe.tokenizer.type not in VAES:
+    if recipe.of_shots and recipe.tokenizer.type not in VAES:
         keys["plan.type"] = "scenes"  # shots are encoded alone; those of a VAE always are
     if recipe.stories.frames is not None:
         keys["stories.frames"] = recipe.stories.frames
