@@ -468,6 +468,7 @@ def mistakes(workshop: dict[str, Answer]) -> None:
     Path("empty").mkdir()
     Path("a_file").write_text("hello")
     Path("blank.txt").write_text("\n \n")
+    Image.new("RGB", (90, 90), (226, 50, 48)).save("red.png")
     Path("foreign.pt").write_bytes(pickle.dumps({"weights": [1, 2]}))
     Path("foreign").mkdir()
     Path("foreign/things.txt").write_text("mine")

@@ -66,4 +66,4 @@ def given_picture(data: bytes, height: int, width: int) -> Tensor:
         except MediaError as error:
             raise Refused(f"the image: {error.what}; {error.fix}") from None
     fitted = resize_cover_crop(flatten(pixels, _WHITE)[None], (height, width))[0]
-    return torch.from_numpy(np.ascontiguousarray(fitted))
+    return torch.from_numpy(np.array(fitted))
