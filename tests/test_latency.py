@@ -196,7 +196,7 @@ def test_a_chunk_is_charged_with_its_own_passes():
 def test_a_real_stream_is_recorded_as_it_is():
     model = toy_model(plan={"type": "chunks", "frames": 1})
     network = model.predictor.backbone
-    film = Recorder(2.0, network).record(lambda: Stream(model, Ask("red")), "000", "red")
+    film = Recorder(2.0, network).record(lambda: Stream(model, Ask("red", history=0)), "000", "red")
     assert len(film.video_PHW3) == 16
     assert film.starts == tuple(range(2, 16, 2))
     # Three steps and a clean pass, with and without words.
@@ -207,7 +207,7 @@ def test_a_real_stream_is_recorded_as_it_is():
     assert 0 < row["outside the network"] < 1
     # A window of a trained clip, four chunks: the ring turns.
     assert row["memory growth"] == 1
-    again = Recorder(2.0).record(lambda: Stream(model, Ask("red")), "000", "red")
+    again = Recorder(2.0).record(lambda: Stream(model, Ask("red", history=0)), "000", "red")
     assert (again.video_PHW3 == film.video_PHW3).all(), "being watched changes nothing"
 
 

@@ -89,11 +89,11 @@ def open_teacher(recipe: Recipe, student: Model, ranks: Ranks, key: str = "teach
 
     where = getattr(recipe.distil, key)
     model = open_model(where, device=str(ranks.device))
-    for name, mine, theirs in (
+    for name, mine, other in (
         ("tokenizer", student.tokenizer, model.tokenizer),
         ("audio_tokenizer", student.audio_tokenizer, model.audio_tokenizer),
     ):
-        if mine is not None and _unlike(mine, theirs):
+        if mine is not None and _unlike(mine, other):
             raise UserError(
                 f"distil.{key} {where} works on latents of another {name} than the cache's: make the cache "
                 f"with {_key(name)}.name_or_path={where}/.../{FOLDERS.get(_key(name), name)}"
@@ -103,6 +103,12 @@ def open_teacher(recipe: Recipe, student: Model, ranks: Ranks, key: str = "teach
             f"distil.{key} {where} takes tokens of model.patch {list(model.patch)} of "
             f"{' and '.join(model.modalities)}, the student {list(student.patch)} of "
             f"{' and '.join(student.modalities)}: they must be the same"
+        )
+    words = model.text_encoder
+    if not words.trainable and words.fingerprint() != student.text_encoder.fingerprint():
+        raise UserError(
+            f"distil.{key} {where} reads the words of another text_encoder than the cache holds: make the "
+            "cache, and the student, with the teacher's text_encoder"
         )
     same_path(student, model)
     schedule = model.predictor.schedule
@@ -117,6 +123,8 @@ def open_teacher(recipe: Recipe, student: Model, ranks: Ranks, key: str = "teach
             f"distil.{key} {where} recomputes its blocks, which would bring a LoRA critic back in: use "
             "distil.critic full with distil.loss sid"
         )
+    if (masks := getattr(model.predictor.backbone, "dropout", None)) is not None:
+        masks.p = 0.0  # a critic starts as it is, and what it learns is not to be drawn
     return model
 
 

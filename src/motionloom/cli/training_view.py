@@ -13,6 +13,11 @@ SHOWN = {
     "heldout_loss": "held out",
     "heldout_loss_ema": "held out, EMA",
     "grad_norm": "gradient",
+    # Of a student and its critic each has its own.
+    "loss/student": "student",
+    "loss/critic": "critic",
+    "from_teacher": "from the teacher",
+    "gan_judge": "judge",
 }
 
 

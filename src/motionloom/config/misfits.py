@@ -100,6 +100,8 @@ def _student_misfits(r: Recipe) -> Iterator[str]:
         yield f"train.method {method} learns from a teacher: name a run or a checkpoint in distil.teacher"
     if r.train.objective != "flow":
         yield f"train.method {method} needs train.objective flow, not {r.train.objective}: leave that out"
+    if r.model.dropout > 0:
+        yield f"train.method {method} takes every step as it will be played: set model.dropout to 0"
     if any(0 < condition.strength < 1 for condition in r.plan.conditions):
         yield (
             f"train.method {method} draws fresh noise between its steps, which hints do not go with: use "

@@ -5,8 +5,9 @@ Shapes: B batch, F token frames of a chunk, S cells of a frame, C channels of a 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from motionloom.backbones.prediction import Predictor
 from motionloom.flow import PATHS
 from motionloom.generate.task import Sampling, Task, Tokens
 from motionloom.generate.walk import SAMPLED, Trained, View, Watch, evaluate, view_stage, walk
-from motionloom.nn.cache import KVCache, Snapshot
+from motionloom.nn.cache import KVCache, Snapshot, nbytes
 from motionloom.plans import Given, Plan, StreamedPlan
 
 
@@ -47,6 +48,7 @@ class Roller:
             one.name: backbone.new_cache(**options) for one in sampling.guidance.passes()
         }
         self._walked = False
+        self._seen: View | None = None
 
     def make(
         self,
@@ -89,7 +91,11 @@ class Roller:
             cache.commit()
 
     def _view(self, task: Task) -> View:
-        return view_stage(self.plan, task, self.sampling.guidance, self.caches)
+        seen = self._seen
+        if seen is not None and _laid_out_alike(seen.task, task):
+            return replace(seen, task=task)
+        self._seen = view_stage(self.plan, task, self.sampling.guidance, self.caches)
+        return self._seen
 
     def _all_saw_the_last_step(self) -> bool:
         """Guidance may act in an interval: a pass that it left out then saw an earlier state, or none."""
@@ -110,9 +116,11 @@ class Roller:
         held = [cache.renew() for cache in self.caches.values()]
         return held[0]
 
-    def memory(self) -> int:
-        """Bytes of all caches."""
-        return sum(cache.memory() for cache in self.caches.values())
+    def memory(self, snapshots: Iterable[Mapping[str, Snapshot]] = ()) -> int:
+        """Bytes of all caches, and of what snapshots of them keep alive besides."""
+        shared = {id(e): e for one in snapshots for snapshot in one.values() for e in snapshot.entries()}
+        held = (cache.tensors() for cache in self.caches.values())
+        return nbytes(chain(*held, *(entry.tensors() for entry in shared.values())))
 
     def snapshot(self) -> dict[str, Snapshot]:
         """The state now; cheap."""
@@ -122,6 +130,11 @@ class Roller:
         """Back to a snapshot, as often as wanted."""
         for name, cache in self.caches.items():
             cache.restore(snapshot[name])
+
+
+def _laid_out_alike(a: Task, b: Task) -> bool:
+    """Whether two tasks are one stage of which the same is given, whatever values it has."""
+    return a.sample is b.sample and a.given is b.given and not a.without and not b.without
 
 
 def _at(view: View, level: float, sampling: Sampling) -> Tokens:
@@ -138,7 +151,7 @@ def _plainly(task: Task) -> Task:
 
     def plain(given: Given) -> Given:
         noisy = any(marks.noise_BG is not None for marks in given.marks.values())
-        return given if noisy else replace(given, marks={})
+        return given if noisy or not given.marks else replace(given, marks={})
 
     without = {name: plain(given) for name, given in task.without.items()}
     return replace(task, given=plain(task.given), without=without)

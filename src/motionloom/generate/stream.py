@@ -5,7 +5,10 @@ old chunks leave the window, the first ones stay as sinks, and what stays closes
 network never meets a time that it does not know (``KVCache``, positions relative). Memory is then flat.
 
 What may happen between two chunks: other words, with or without what is held being computed anew under them;
-a picture from which the film begins anew; frames to be redrawn; a step back to an earlier border.
+a picture from which the film begins anew; frames to be redrawn; a step back to an earlier border. Whatever
+fails leaves the stream at the border where it was.
+
+The noise of chunk c is keyed by (seed, modality, c), so the same commands make the same film, to the bit.
 
 Shapes: B batch (1), P pixel frames, H x W pixels, F token frames of a chunk, S cells, C channels, Z sound
 channels, M samples.
@@ -21,23 +24,24 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from motionloom.backbones.prediction import Predictor
 from motionloom.errors import UserError
 from motionloom.flow import PATHS
 from motionloom.generate.clip import recipe_sampling
 from motionloom.generate.model import Model
+from motionloom.generate.places import Places
 from motionloom.generate.roller import Roller, can_stream
-from motionloom.generate.soundtrack import Soundtrack
+from motionloom.generate.screen import Screen
+from motionloom.generate.soundtrack import Heard, Soundtrack
+from motionloom.generate.stopwatch import Stopwatch, TimedPredictor
 from motionloom.generate.task import Sampling, Task, Tokens
 from motionloom.nn.cache import Snapshot
 from motionloom.nn.patching import patchify, unpatchify
-from motionloom.plans import Sample, Stage, StreamedPlan, Text, Values
+from motionloom.plans import StreamedPlan, Text, Values
 from motionloom.plans.given import Given, exactly
 from motionloom.rng import torch_generator
 
-AHEAD = 64
-"""Latent frames by which the places of tokens are laid out at a time."""
 LONGEST_PROMPT = 2_000
+"""Characters."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +51,12 @@ class Piece:
     chunk: int
     """The last chunk that was made."""
     video_PHW3: Tensor | None
-    """uint8. None: the model makes sound alone."""
+    """uint8; no frames while a tokenizer still waits. None: the model makes sound alone, or nothing is
+    decoded."""
     sound_ZM: Tensor | None
     """float32 in [-1, 1]; None: silent."""
     prompt: str
+    """Under which that chunk was made."""
     network_s: float
     decode_s: float
     whole_s: float
@@ -60,9 +66,13 @@ class Piece:
 class Ask:
     """What to stream. ``None`` takes the recipe's value.
 
-    ``window``, ``sinks``: chunks that stay visible; none: the plan's, and where that has no window as many
-    chunks as a clip of training has, with the first one as a sink. ``history``: chunks to which
+    ``window``, ``sinks``: chunks that stay visible; none: the plan's, and where that has no window as many in
+    all as a clip of training has, the first one as a sink. Where the plan has no window, positions are
+    relative; a plan with one says so itself (``plan.rebase``). ``history``: chunks to which
     :meth:`Stream.back` can return.
+
+    Raises:
+        UserError: numbers out of range.
     """
 
     prompt: str
@@ -76,6 +86,14 @@ class Ask:
     history: int = 16
     decode: bool = True
 
+    def __post_init__(self) -> None:
+        for name, least in (("window", 1), ("sinks", 0), ("history", 0)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"{name} {value}: a stream takes {least} chunks or more")
+        if self.fps is not None and not self.fps > 0:
+            raise UserError(f"fps {self.fps:g} must be above 0")
+
 
 @dataclass(frozen=True)
 class _Border:
@@ -83,11 +101,13 @@ class _Border:
 
     chunk: int
     caches: Mapping[str, Snapshot]
-    kept: OrderedDict[int, Tokens]
-    frames: int
-    """Pixel frames before it."""
-    samples: int
+    kept: Mapping[int, Tokens]
+    heard: Heard | None
     prompt: str
+
+
+_Walk = Callable[[int, Task, torch.Generator], Tokens]
+"""How a chunk is made of its task."""
 
 
 class Stream:
@@ -109,22 +129,35 @@ class Stream:
         _, usual_height, usual_width = model.clip_shape
         self.height, self.width = ask.height or usual_height, ask.width or usual_width
         self.fps = ask.fps or model.fps
-        self.chunk = 0
         self.prompt = _checked(ask.prompt)
         self._model, self._ask = model, ask
-        self._sampling = sampling or recipe_sampling(model.recipe)
-        self._spent = _Spent()
-        self._predictor = _Timed(model.predictor, self._spent)
-        self._places = _Places(model, self.height, self.width, self.fps)
-        self._text, self._negative = self._words(self.prompt), self._words(ask.negative)
-        self._roller = self._fresh_roller()
-        self._sound = Soundtrack.of(model, self.fps)
-        self._kept: OrderedDict[int, Tokens] = OrderedDict()
+        self._places = Places(model, self.height, self.width, self.fps)
+        self._watch = Stopwatch(model.device)
+        self._making = 0.0
+        self._sampling = _for_streams(sampling or recipe_sampling(model.recipe), model)
+        self._text, self._negative = self._words(self.prompt), self._words(_checked(ask.negative))
+        self._begin_anew()
+
+    def _begin_anew(self, picture: Tokens | None = None) -> None:
+        """At chunk 0; nothing is remembered.
+
+        Args:
+            picture: clean tokens of chunk 0.
+        """
+        model = self._model
+        self.chunk = 0
+        """The next chunk's number."""
+        self._picture = picture
+        self._roller = self._new_roller()
+        self._kept: dict[int, Tokens] = {}
+        """Clean tokens of the chunks that the caches hold."""
         self._borders: OrderedDict[int, _Border] = OrderedDict()
-        self._ahead: Callable[[Task], Tokens] | None = None
-        self._frames = self._samples = 0
-        self._emitted = 0
-        self._decoding = self._pixels(0)
+        self._told = self.prompt
+        self._screen = Screen(model.tokenizer) if self._pictures and self._ask.decode else None
+        audio = model.audio_tokenizer if "audio" in model.modalities else None
+        self._sound = None if audio is None else Soundtrack(audio, model.device)
+        self._ready: list[tuple[int, Tensor]] = []
+        """Sound that is still to be given out, and its chunk."""
 
     # --- what it is ---
 
@@ -135,18 +168,25 @@ class Stream:
 
     @property
     def seconds(self) -> float:
-        """Made so far."""
-        return self._frames / self.fps
+        """Made so far, since it began or since :meth:`show`."""
+        return self._places.begin(self.chunk)
 
     @property
     def frames_wanted(self) -> int:
-        """Pixel frames of the next chunk: what :meth:`push` takes."""
-        stage = self._places.stage(self.chunk)["video"]
-        return self._pixel_frames(stage.stop) - self._pixel_frames(stage.start)
+        """Pixel frames of the next chunk: what :meth:`push` takes. 0: the model makes sound alone."""
+        return self._frames_of(self.chunk) if self._pictures else 0
 
     def memory(self) -> int:
-        """Bytes of the past that is held, and of what :meth:`back` could return to."""
-        return self._roller.memory()
+        """Bytes of keys and values: of the past that is held, and of what :meth:`back` can return to, which
+        are as many chunks as ``window``, ``sinks`` and ``history`` say, however long the stream is."""
+        return self._roller.memory(border.caches for border in self._borders.values())
+
+    @property
+    def _pictures(self) -> bool:
+        return "video" in self._model.modalities
+
+    def _frames_of(self, chunk: int) -> int:
+        return self._places.frames(chunk + 1) - self._places.frames(chunk)
 
     # --- what comes ---
 
@@ -155,86 +195,84 @@ class Stream:
             yield self.next()
 
     def next(self) -> Piece:
-        """The next piece; makes chunks until the decoder has frames to give.
+        """What is decoded of the chunks that are made, or else the next chunk, as far as it is decoded: a
+        decoder may give a chunk in several pieces, or none before it has seen the next.
 
         Raises:
             FloatingPointError: the network gave numbers that are none. The stream stays at the border before
                 that chunk.
         """
-        begin, network = time.perf_counter(), self._spent.seconds
-        made, sound = self._spent.making, None
-        video: Tensor | None = None
-        if "video" in self._model.modalities and self._ask.decode:
-            video = next(self._decoding)
-        else:
+        lap = self._lap()
+        video_PHW3 = self._decoded()
+        if video_PHW3 is None:
             self._make()
+            video_PHW3 = self._decoded()
+        return self._piece(lap, [] if video_PHW3 is None else [video_PHW3])
+
+    def _decoded(self) -> Tensor | None:
+        return None if self._screen is None else self._screen.take()
+
+    def _all_decoded(self) -> Iterator[Tensor]:
+        while (video_PHW3 := self._decoded()) is not None:
+            yield video_PHW3
+
+    def _lap(self) -> tuple[float, float, float]:
+        return time.perf_counter(), self._watch.seconds, self._making
+
+    def _piece(self, since: tuple[float, float, float], videos: list[Tensor]) -> Piece:
+        """Args: since: the lap that began with it."""
+        sound_ZM = None
         if self._sound is not None:
-            sound = self._sound.take()
-        whole = time.perf_counter() - begin
-        network, making = self._spent.seconds - network, self._spent.making - made
-        return Piece(self.chunk - 1, video, sound, self.prompt, network, whole - making, whole)
-
-    def _pixels(self, skip: int) -> Iterator[Tensor]:
-        """Pixel frames as they are decided.
-
-        Args:
-            skip: frames that were seen before, of chunks that the decoder is shown again.
-        """
-        for video_BPHW3 in self._model.tokenizer.stream_decode(self._latents()):
-            new = video_BPHW3[0, skip:]
-            skip = max(0, skip - video_BPHW3.shape[1])
-            if len(new):
-                self._emitted += len(new)
-                yield new.cpu()
-
-    def _latents(self) -> Iterator[Tensor]:
-        """Latents of the chunks that are kept, for a decoder that begins anew, and then of new ones."""
-        for chunk, tokens in list(self._kept.items()):
-            yield self._as_latents(chunk, tokens)
-        while True:
-            chunk = self.chunk
-            yield self._as_latents(chunk, self._make())
-
-    def _as_latents(self, chunk: int, tokens: Tokens) -> Tensor:
-        grid = self._places.part(chunk).tracks["video"].grid
-        return unpatchify(tokens["video"], grid, self._model.patch)
+            nothing_Z0 = self._sound.heard.tail_ZM[:, :0]
+            sound_ZM = torch.cat([nothing_Z0, *(sound for _, sound in self._ready)], dim=1)
+            self._ready.clear()
+        video_PHW3 = None
+        if self._screen is not None:
+            nothing_0HW3 = torch.zeros(0, self.height, self.width, 3, dtype=torch.uint8)
+            video_PHW3 = torch.cat(videos) if videos else nothing_0HW3
+        network_s = self._watch.seconds - since[1]
+        whole_s, making_s = time.perf_counter() - since[0], self._making - since[2]
+        return Piece(self.chunk - 1, video_PHW3, sound_ZM, self._told, network_s, whole_s - making_s, whole_s)
 
     # --- a chunk ---
 
     @torch.no_grad()
-    def _make(self) -> Tokens:
-        """The next chunk, and remember it. What fails leaves no trace."""
-        begin, chunk = time.perf_counter(), self.chunk
-        border = self._border()
+    def _make(self, walk: _Walk | None = None) -> None:
+        """The next chunk, and remember it."""
+        begin, chunk, border = time.perf_counter(), self.chunk, self._border()
         task = self._task(chunk)
         generator = torch_generator(self._ask.seed, "stream", chunk, device=self._model.device)
         try:
             with self._model.autocast():
-                if self._ahead is None:
-                    made = self._roller.make(chunk, task, generator)
-                else:
-                    made = self._ahead(task)
-                _require_finite(made, chunk)
+                made = (walk or self._roller.make)(chunk, task, generator)
                 self._roller.remember(task, made)
+            # Asked last: until here nothing waits for the device.
+            _require_finite(made, chunk)
+            self._making += time.perf_counter() - begin
+            if self._sound is not None:
+                self._ready.append((chunk, self._sound.add(made["audio"][0].flatten(0, 1))))
         except BaseException:
             self._roller.restore(border.caches)
             raise
-        finally:
-            self._ahead = None
-        self._borders[chunk] = border
+        self._take_in(border, made)
+
+    def _take_in(self, border: _Border, made: Tokens) -> None:
+        """What was made is the past now."""
+        chunk = self.chunk
+        if self._ask.history:
+            self._borders[chunk] = border
         while len(self._borders) > self._ask.history:
             self._borders.popitem(last=False)
-        self._keep(chunk, made)
-        if self._sound is not None:
-            self._sound.add(made["audio"], self._places.part(chunk).tracks["audio"])
-        stage = self._places.stage(chunk)
-        self.chunk += 1
-        if "video" in stage:
-            self._frames = self._pixel_frames(stage["video"].stop)
-        else:
-            self._frames = round(self._places.end(chunk) * self.fps)
-        self._spent.making += time.perf_counter() - begin
-        return made
+        window, sinks = self._limits()
+        self._kept[chunk] = made
+        for old in [c for c in self._kept if sinks <= c <= chunk - window]:
+            del self._kept[old]
+        self.chunk, self._told = chunk + 1, self.prompt
+        if self._screen is not None:
+            grid = self._places.part(chunk).tracks["video"].grid
+            latents_FhwC = unpatchify(made["video"], grid, self._model.patch)[0]
+            self._screen.add(self._places.latents(chunk), latents_FhwC)
+            self._screen.let_go(self._places.frames(next(iter(self._borders), self.chunk)))
 
     def _task(self, chunk: int) -> Task:
         """What is asked of a chunk under the words of now."""
@@ -245,19 +283,12 @@ class Stream:
             generator = torch_generator(self._ask.seed, f"stream {m}", chunk)
             shape = (1, geometry.grid[0], geometry.cells, channels)
             noise[m] = torch.randn(shape, generator=generator).to(model.device)
-        return Task(sample, self._text, noise, negative=self._negative)
-
-    def _keep(self, chunk: int, made: Tokens) -> None:
-        """Clean tokens of the chunks that are held or may be shown to a new decoder."""
-        self._kept[chunk] = made
-        window, sinks = self._limits()
-        for old in [c for c in self._kept if sinks <= c <= chunk - max(window or 0, 2)]:
-            if window is not None and old != 0:
-                del self._kept[old]
+        task = Task(sample, self._text, noise, negative=self._negative)
+        return task if chunk or self._picture is None else _given(task, self._picture)
 
     def _border(self) -> _Border:
-        caches = self._roller.snapshot()
-        return _Border(self.chunk, caches, OrderedDict(self._kept), self._frames, self._samples, self.prompt)
+        heard = None if self._sound is None else self._sound.heard
+        return _Border(self.chunk, self._roller.snapshot(), dict(self._kept), heard, self.prompt)
 
     # --- between chunks ---
 
@@ -267,129 +298,161 @@ class Stream:
         Args:
             recache: compute what is held anew under them, oldest first (LongLive, 2509.22622). Without, the
                 past still speaks of the old words, and the change is softer.
+
+        Raises:
+            UserError: a prompt longer than :data:`LONGEST_PROMPT`.
         """
         text = self._words(_checked(prompt))
+        before = self.prompt, self._text, self._roller.snapshot()
         self.prompt, self._text = prompt, text
-        self._roller.forget_words()
-        if recache:
-            self._recompute()
+        try:
+            self._roller.forget_words()
+            if recache:
+                self._recompute()
+        except BaseException:
+            self.prompt, self._text, caches = before
+            self._roller.restore(caches)
+            raise
 
     @torch.no_grad()
     def _recompute(self) -> None:
-        now = self.chunk
         with self._model.autocast():
             for chunk in self._roller.renew():
-                task = self._task(chunk)
                 made = self._kept[chunk]
-                self._roller.make(chunk, _given(task, made))
+                task = _given(self._task(chunk), made)
+                self._roller.make(chunk, task)
                 self._roller.remember(task, made)
-        self.chunk = now
 
     def show(self, image_HW3: Tensor) -> None:
-        """The film begins anew with a picture (uint8, the stream's size), under the words of now."""
-        if tuple(image_HW3.shape) != (self.height, self.width, 3):
-            raise UserError(
-                f"the image is {'x'.join(map(str, image_HW3.shape))}, the stream {self.height}x{self.width}x3"
-            )
-        self._restart()
-        video = image_HW3[None].expand(self.frames_wanted, -1, -1, -1)
-        clean = self._encode(video)
-        self._ahead = lambda task: self._roller.make(self.chunk, _given(task, {**_zeros(task), **clean}))
+        """The film begins anew with a picture (uint8, the stream's size), under the words of now: chunk 0 is
+        the picture, standing still for as long as that chunk is (a plan with ``first_alone`` makes that one
+        frame). Sound that goes with it is made.
+
+        Raises:
+            UserError: another size, or a model of sound alone.
+        """
+        self._require_shape("the image", image_HW3, (self.height, self.width, 3))
+        still_PHW3 = image_HW3[None].expand(self._frames_of(0), -1, -1, -1)
+        self._begin_anew(self._encode(0, still_PHW3))
 
     def push(self, video_PHW3: Tensor, strength: float) -> Piece:
         """Redraw frames as the next chunk: noise up to level ``strength``, and the student's levels below it
-        (SDEdit, 2108.01073, as CausVid streams it).
+        (SDEdit, 2108.01073, as CausVid streams it). Sound begins at that level too, with the mean of all.
 
         Args:
             video_PHW3: uint8, :attr:`frames_wanted` frames of the stream's size.
+
+        Returns:
+            that chunk, as far as it is decoded, behind what was not given out yet of those before.
+
+        Raises:
+            UserError: other frames than that, a strength out of range, or a model that this cannot be asked.
+            FloatingPointError: as :meth:`next`.
         """
         if not 0 < strength <= 1:
             raise UserError(f"strength {strength} must be above 0 and at most 1: 1 redraws all")
-        wanted = (self.frames_wanted, self.height, self.width, 3)
-        if tuple(video_PHW3.shape) != wanted:
-            raise UserError(f"frames of shape {tuple(video_PHW3.shape)}: this chunk takes {wanted}")
-        clean = self._encode(video_PHW3)
+        self._require_shape("frames", video_PHW3, (self.frames_wanted, self.height, self.width, 3))
+        if self._model.predictor.schedule is not None or self._sampling.schedule is not None:
+            raise UserError("this network knows DDPM's noise levels alone and cannot redraw frames: show one")
+        lap = self._lap()
+        clean = self._encode(self.chunk, video_PHW3)
+        videos = [*self._all_decoded()]
+        self._make(lambda chunk, task, generator: self._redraw(chunk, task, generator, clean, strength))
+        return self._piece(lap, [*videos, *self._all_decoded()])
 
-        def redraw(task: Task) -> Tokens:
-            mix = PATHS[self._sampling.path].mix
-            state = {**task.noise, **{m: mix(x, task.noise[m], strength) for m, x in clean.items()}}
-            below = tuple(s for s in self._sampling.grid[:-1] if s < strength)
-            walk = replace(self._sampling, sigmas=(strength, *below))
-            generator = torch_generator(self._ask.seed, "push", self.chunk, device=self._model.device)
-            return self._roller.make(self.chunk, replace(task, noise=state), generator, sampling=walk)
-
-        self._ahead = redraw
-        return self.next()
+    def _redraw(
+        self, chunk: int, task: Task, generator: torch.Generator, clean: Tokens, strength: float
+    ) -> Tokens:
+        mix = PATHS[self._sampling.path].mix
+        clean = {**_zeros(task), **clean}
+        state = {m: mix(clean[m], noise, strength) for m, noise in task.noise.items()}
+        # A picture that was shown gives way to the frames.
+        task = Task(task.sample, task.text, state, negative=task.negative)
+        below = tuple(sigma for sigma in self._sampling.grid[:-1] if sigma < strength)
+        sampling = replace(self._sampling, sigmas=(strength, *below))
+        return self._roller.make(chunk, task, generator, sampling=sampling)
 
     def back(self, seconds: float) -> float:
-        """To the last border between chunks that lies so far back, or the oldest that is remembered; returns
-        where the film is now, in seconds."""
-        aim = max(0.0, self.seconds - seconds) * self.fps
-        known = list(self._borders.values())
-        if not known:
+        """To the last border between chunks at or before so many seconds ago, or the oldest that is
+        remembered; returns where the film is now, in seconds.
+
+        The words of now hold on: what is held from then speaks of those of then. With them, and with the same
+        commands, the same film comes again, to the bit. Frames come from that border on, or from where the
+        decoder was if it had not come so far.
+        """
+        aim = self.seconds - seconds
+        if seconds <= 0 or not self._borders:
             return self.seconds
-        fitting = [border for border in known if border.frames <= aim + 1e-6]
+        known = list(self._borders.values())
+        fitting = [border for border in known if self._places.begin(border.chunk) <= aim + 1e-6]
         self._return(fitting[-1] if fitting else known[0])
         return self.seconds
 
     def _return(self, border: _Border) -> None:
         self._roller.restore(border.caches)
-        self._kept = OrderedDict(border.kept)
-        for chunk in [c for c in self._borders if c >= border.chunk]:
-            del self._borders[chunk]
-        self.chunk, self._frames, self._ahead = border.chunk, border.frames, None
         if border.prompt != self.prompt:
-            # The words of now hold on: what is held from then knows the old ones.
             self._roller.forget_words()
+        self.chunk, self._kept = border.chunk, dict(border.kept)
+        for later in [c for c in self._borders if c >= border.chunk]:
+            del self._borders[later]
         if self._sound is not None:
-            audio = [(t["audio"], self._places.part(c).tracks["audio"]) for c, t in self._kept.items()]
-            self._sound.begin_again(audio)
-        replayed = sum(self._places.frames(c) for c in self._kept)
-        self._decoding = self._pixels(self._pixel_frames(replayed) if replayed else 0)
-
-    def _restart(self) -> None:
-        """Chunk 0 again; nothing is remembered."""
-        self._roller = self._fresh_roller()
-        self._kept.clear()
-        self._borders.clear()
-        self.chunk = self._frames = 0
-        self._sound = Soundtrack.of(self._model, self.fps)
-        self._decoding = self._pixels(0)
+            assert border.heard is not None
+            self._sound.heard = border.heard
+            self._ready = [(c, sound) for c, sound in self._ready if c < border.chunk]
+        if self._screen is not None:
+            self._screen.back(self._places.latents(border.chunk), self._places.frames(border.chunk))
 
     # --- parts ---
 
-    def _limits(self) -> tuple[int | None, int]:
-        plan = self._model.plan
-        assert isinstance(plan, StreamedPlan)
-        usual = self._places.usual_chunks()
-        window = self._ask.window or plan.window or usual
-        sinks = self._ask.sinks if self._ask.sinks is not None else plan.sinks
-        return window, sinks if plan.window is not None or self._ask.sinks is not None else max(1, sinks)
+    def _limits(self) -> tuple[int, int]:
+        """Window and sinks, in chunks."""
+        plan, ask = self._plan, self._ask
+        sinks = plan.sinks if ask.sinks is None else ask.sinks
+        if plan.window is not None:
+            return ask.window or plan.window, sinks
+        trained = self._places.trained
+        if ask.sinks is None:
+            sinks = max(1, sinks)
+        return ask.window or max(1, trained - sinks), sinks
 
-    def _fresh_roller(self) -> Roller:
-        plan = self._model.plan
-        assert isinstance(plan, StreamedPlan)
+    def _new_roller(self) -> Roller:
         window, sinks = self._limits()
-        # A plan with a window of its own says itself where the past stands.
-        positions = {} if plan.window is not None else {"positions": "relative"}
-        return Roller(self._predictor, plan, self._sampling, window=window, sinks=sinks, **positions)
+        positions = {} if self._plan.window is not None else {"positions": "relative"}
+        timed = TimedPredictor(**vars(self._model.predictor), watch=self._watch)
+        return Roller(timed, self._plan, self._sampling, window=window, sinks=sinks, **positions)
+
+    @property
+    def _plan(self) -> StreamedPlan:
+        plan = self._model.plan
+        assert isinstance(plan, StreamedPlan), "see can_stream"
+        return plan
 
     def _words(self, prompt: str) -> Text:
         return self._model.encode_text([[prompt]])
 
-    def _encode(self, video_PHW3: Tensor) -> Tokens:
+    def _encode(self, chunk: int, video_PHW3: Tensor) -> Tokens:
         """Pixels of one chunk -> clean tokens. Behind the beginning the chunk's first frame stands once more
         in front where a tokenizer codes a first frame alone."""
         model = self._model
-        head = model.tokenizer.spec.first_alone and self.chunk > 0
-        if head:
-            video_PHW3 = torch.cat([video_PHW3[:1], video_PHW3])
-        latents = model.tokenizer.encode(video_PHW3[None])[:, int(head) :]
+        lead = int(model.tokenizer.spec.first_alone and chunk > 0)
+        video_PHW3 = torch.cat([video_PHW3[:1].expand(lead, -1, -1, -1), video_PHW3])
+        latents = model.tokenizer.encode(video_PHW3[None])[:, lead:]
         return {"video": patchify(latents.to(model.device), model.patch)}
 
-    def _pixel_frames(self, token_frames: int) -> int:
-        latents = token_frames * self._model.patch[0]
-        return self._model.tokenizer.spec.pixel_frames(latents) if latents else 0
+    def _require_shape(self, what: str, pixels: Tensor, wanted: tuple[int, ...]) -> None:
+        if not self._pictures:
+            raise UserError("this model makes sound alone: it takes no pictures")
+        if tuple(pixels.shape) != wanted or pixels.dtype != torch.uint8:
+            shapes = ["x".join(map(str, shape)) for shape in (pixels.shape, wanted)]
+            raise UserError(
+                f"{what}: {pixels.dtype} of {shapes[0]}, here is wanted torch.uint8 of {shapes[1]}"
+            )
+
+
+def _for_streams(sampling: Sampling, model: Model) -> Sampling:
+    """Guidance by conditions asks for something that a stream is not given."""
+    guidance = sampling.guidance.restricted(model.modalities, model.modalities, ())
+    return replace(sampling, guidance=guidance)
 
 
 def _checked(prompt: str) -> str:
@@ -398,14 +461,14 @@ def _checked(prompt: str) -> str:
     return prompt
 
 
-def _given(task: Task, made: Mapping[str, Tensor]) -> Task:
-    """All of a chunk as given."""
+def _given(task: Task, clean: Mapping[str, Tensor]) -> Task:
+    """All of some modalities of a chunk as given."""
+    geometries = {m: task.sample.tracks[m] for m in clean}
     marks = {
         m: exactly(torch.ones(1, geometry.tokens, dtype=torch.bool, device=geometry.device))
-        for m, geometry in task.sample.tracks.items()
-        if m in made
+        for m, geometry in geometries.items()
     }
-    return replace(task, given=Given(marks), values=Values(dict(made)))
+    return replace(task, given=Given(marks), values=Values({**_zeros(task), **clean}))
 
 
 def _zeros(task: Task) -> Tokens:
@@ -423,79 +486,3 @@ def _require_finite(made: Tokens, chunk: int) -> None:
             f"the network gave numbers that are none in chunk {chunk}: go back, change the prompt, or use "
             "another seed"
         )
-
-
-class _Places:
-    """Where the tokens of a clip without end stand; laid out a stretch at a time."""
-
-    def __init__(self, model: Model, height: int, width: int, fps: float) -> None:
-        self._model, self._size = model, (height, width, fps)
-        self._stages: list[Stage] = []
-        self._sample: Sample | None = None
-        self._grow(model.clip_shape[0])
-
-    def usual_chunks(self) -> int:
-        """Chunks of a clip of training."""
-        return self._usual
-
-    def _grow(self, pixel_frames: int) -> None:
-        height, width, fps = self._size
-        self._sample = self._model.sample((pixel_frames,), height, width, fps, 1)
-        self._stages = self._model.plan.stages(self._sample)
-        if not hasattr(self, "_usual"):
-            self._usual = len(self._stages)
-
-    def stage(self, chunk: int) -> Stage:
-        """Frames of a chunk, by modality."""
-        # The last chunk of a layout may be cut short.
-        while chunk >= len(self._stages) - 1:
-            assert self._sample is not None
-            latents = (self._sample.main.grid[0] + AHEAD) * self._model.patch[0]
-            self._grow(self._model.tokenizer.spec.pixel_frames(latents))
-        return self._stages[chunk]
-
-    def part(self, chunk: int) -> Sample:
-        """A chunk's tokens where they stand."""
-        stage = self.stage(chunk)
-        assert self._sample is not None
-        return self._sample.part(stage)
-
-    def frames(self, chunk: int) -> int:
-        """Token frames of a chunk's video."""
-        frames = self.stage(chunk)["video"]
-        return frames.stop - frames.start
-
-    def end(self, chunk: int) -> float:
-        """When a chunk ends, in seconds."""
-        span = self.part(chunk).main.span_BF2
-        assert span is not None
-        return float(span[0, -1, 1])
-
-
-@dataclass
-class _Spent:
-    """Seconds, summed."""
-
-    seconds: float = 0.0
-    making: float = 0.0
-
-
-class _Timed(Predictor):
-    """A predictor whose time is measured."""
-
-    def __init__(self, predictor: Predictor, spent: _Spent) -> None:
-        super().__init__(predictor.backbone, predictor.prediction, predictor.path)
-        object.__setattr__(self, "_spent", spent)
-
-    def velocity(self, *args, **kwargs):  # type: ignore[no-untyped-def]
-        _wait()
-        begin = time.perf_counter()
-        found = super().velocity(*args, **kwargs)
-        _wait()
-        self._spent.seconds += time.perf_counter() - begin  # type: ignore[attr-defined]
-        return found
-
-
-def _wait() -> None:
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()

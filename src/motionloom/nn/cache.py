@@ -22,8 +22,9 @@ Shapes: B batch, N tokens of a chunk, P tokens of the past, H heads, D channels 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -54,6 +55,10 @@ class Tokens:
     parts: tuple[str, ...] = ()
     """See :meth:`KVCache.hold`."""
 
+    def tensors(self) -> Iterator[Tensor]:
+        """Keys and values of all layers."""
+        return chain.from_iterable(self.pairs)
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -63,6 +68,10 @@ class Snapshot:
     begins: dict[tuple[str, str], Tensor]
     evicted: range
     chunk: int
+
+    def entries(self) -> Iterator[Tokens]:
+        """What it keeps alive; it shares most with its neighbours."""
+        return (tokens for chunks in self.held.values() for tokens in chunks.values())
 
 
 class KVCache:
@@ -272,13 +281,15 @@ class KVCache:
 
     def memory(self) -> int:
         """Bytes of all that is held, what attention reads at the moment included."""
-        held = [tokens for chunks in self._held.values() for tokens in chunks.values()]
-        tensors = [t for e in (*held, *self._offers.values()) for pair in e.pairs for t in pair]
+        return nbytes(self.tensors())
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Keys and values that it keeps alive: what :meth:`memory` counts."""
+        held = (tokens for chunks in self._held.values() for tokens in chunks.values())
+        yield from (t for e in chain(held, self._offers.values()) for t in e.tensors())
         for key, kept in self._memory.items():
             if isinstance(key, tuple) and key[0] == "past":
-                tensors += [t for pair in kept for t in pair]  # type: ignore[attr-defined]
-        storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-        return sum(storages.values())
+                yield from (t for pair in kept for t in pair)  # type: ignore[attr-defined]
 
     def _forget(self) -> None:
         self._memory = {}
@@ -318,6 +329,12 @@ class _Layers(Sequence[Past]):
 
     def __getitem__(self, layer: Any) -> Any:
         return self._make(self._layers[layer])
+
+
+def nbytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes that tensors keep alive; what they share counts once."""
+    storages = (t.untyped_storage() for t in tensors)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def extend(past: Past, k: Tensor, v: Tensor) -> Pair:

@@ -12,7 +12,7 @@ text tokens.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Protocol, runtime_checkable
 
@@ -72,6 +72,8 @@ class Track:
     """Which of the sample's references each is: those of one number are of one scene."""
     loss: float = 1.0
     """Weight of this modality's loss."""
+    facts: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+    """What ``tokens.py`` found out of it: the same at every step of a solver. Changed copies begin empty."""
 
     @property
     def num_draws(self) -> int:

@@ -157,7 +157,13 @@ _Facts = dict[str, Tensor]
 
 
 def _clip_facts(track: Track) -> _Facts:
-    """Of the clip, and of its copies as context in front."""
+    """Of the clip, and of its copies as context in front; worked out once."""
+    if not track.facts:
+        track.facts.update(_new_clip_facts(track))
+    return track.facts
+
+
+def _new_clip_facts(track: Track) -> _Facts:
     geometry = track.geometry
     context_BN = geometry.per_token(track.context_T[None])
     given_BN = track.speed_BN == 0

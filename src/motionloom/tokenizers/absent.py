@@ -37,6 +37,10 @@ class AbsentTokenizer:
         """Refused."""
         _refuse()
 
+    def resume_from(self, latent: int) -> int:
+        """Refused."""
+        _refuse()
+
     def fingerprint(self) -> str:
         """The same for all: there is nothing to differ."""
         return "absent"

@@ -58,6 +58,12 @@ class TokenizerSpec:
             return 1 + (latent_frames - 1) * self.temporal
         return latent_frames * self.temporal
 
+    def latent_of(self, pixel_frame: int) -> int:
+        """The latent frame that holds a pixel frame."""
+        if self.first_alone:
+            return (pixel_frame + self.temporal - 1) // self.temporal
+        return pixel_frame // self.temporal
+
     def seconds(self, latent_frames: int, fps: float) -> Tensor:
         """Centre of each latent frame in seconds from the clip's start, (F,) float32."""
         index = torch.arange(latent_frames, dtype=torch.float32)
@@ -91,6 +97,11 @@ class Tokenizer(Protocol):
 
         The concatenation equals ``decode`` of the concatenation.
         """
+        ...
+
+    def resume_from(self, latent: int) -> int:
+        """The latent frame at which another ``stream_decode`` may begin, so that its pixels of frame
+        ``latent`` and of those that follow are those of the whole clip, to the bit."""
         ...
 
     def fingerprint(self) -> str:

@@ -24,7 +24,7 @@ from itertools import islice
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from motionloom.tokenizers.base import TokenizerSpec
 from motionloom.tokenizers.checks import require_factor, require_numbers
@@ -89,6 +89,13 @@ def _decode(vae: Any, latents: Iterator[Tensor]) -> Iterator[Tensor]:
         wanted = _LATENTS_AT_ONCE
 
 
+def _resume_from(vae: Any, latent: int) -> int:
+    """Every convolution over time looks into the call before, and calls must be cut as they were."""
+    layers = sum(isinstance(m, nn.Conv3d) and m.kernel_size[0] > 1 for m in vae.decoder.modules())
+    calls = layers + 1  # its own, and the first, which takes one latent more
+    return max(0, (latent - _LATENTS_AT_ONCE * (calls + 1)) // _LATENTS_AT_ONCE * _LATENTS_AT_ONCE)
+
+
 COGVIDEOX_VAE = VaeKind(
     name="cogvideox_vae",
     vae_class="AutoencoderKLCogVideoX",
@@ -96,6 +103,7 @@ COGVIDEOX_VAE = VaeKind(
     statistics=_statistics,
     encode=_encode,
     decode=_decode,
+    resume_from=_resume_from,
     groups=_groups,
     check=_check,
 )

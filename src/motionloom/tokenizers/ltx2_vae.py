@@ -120,16 +120,25 @@ def lookahead(vae: Any) -> int:
 
     Walked from the last layer to the first: which frame does the last pixel frame of latent 0, frame 0, need?
     """
+    return 0 if vae.decoder.is_causal else _sight(vae, 1)
+
+
+def _resume_from(vae: Any, latent: int) -> int:
+    # The kernel of a causal layer lies behind its frame, that of another on both sides. One more, for the
+    # frames of a first latent that upsamplers drop.
+    return max(0, latent - _sight(vae, 2 if vae.decoder.is_causal else 1) - 1)
+
+
+def _sight(vae: Any, each: int) -> int:
+    """Latent frames that the decoder sees in one direction, where each convolution sees so many frames."""
     decoder = vae.decoder
-    if decoder.is_causal:
-        return 0
-    frame = 1
+    frame = each
     for block in reversed(decoder.up_blocks):
-        frame += 2 * len(block.resnets)
+        frame += 2 * each * len(block.resnets)
         for upsampler in block.upsamplers or ():
-            frame = -(-frame // upsampler.stride[0]) + 1
-        frame += 2 * (block.conv_in is not None)
-    return frame + 2 * len(decoder.mid_block.resnets) + 1
+            frame = -(-frame // upsampler.stride[0]) + each
+        frame += 2 * each * (block.conv_in is not None)
+    return frame + 2 * each * len(decoder.mid_block.resnets) + each
 
 
 def _resnet(block: Any, frames: Frames, causal: bool) -> Frames:
@@ -270,5 +279,6 @@ LTX2_VAE = VaeKind(
     statistics=_statistics,
     encode=_encode,
     decode=_decode,
+    resume_from=_resume_from,
     check=_check,
 )

@@ -102,6 +102,10 @@ class PatchTokenizer:
             at_start = False
             yield _pixels(torch.cat(parts, dim=1))
 
+    def resume_from(self, latent: int) -> int:
+        """Frames stand alone; but one must come first where the first is of another kind."""
+        return max(0, latent - int(self.spec.first_alone))
+
     def fingerprint(self) -> str:
         digest = hashlib.sha256(json.dumps(asdict(self.spec), sort_keys=True).encode())
         for name, tensor in sorted(self._tensors().items()):

@@ -53,6 +53,8 @@ class VaeKind:
     """Groups of pixel frames (B, 3, T, H, W) in [-1, 1] -> posterior means (B, C, t, h, w), in order."""
     decode: Callable[[Any, Iterator[Tensor]], Iterator[Tensor]]
     """Single latent frames (B, C, 1, h, w) -> pixel frames (B, 3, T, H, W) as soon as they are decided."""
+    resume_from: Callable[[Any, int], int]
+    """(model, latent frame) -> as ``Tokenizer.resume_from``."""
     groups: Callable[[int, TokenizerSpec], list[int]] = first_alone_groups
     """The sizes of those groups for a clip of so many pixel frames."""
     check: Callable[[Any], None] = accept
@@ -179,6 +181,10 @@ class VaeTokenizer:
                 return
             if x.shape[2]:
                 yield x.float().clamp(-1.0, 1.0).movedim(1, -1).to(home[0])
+
+    def resume_from(self, latent: int) -> int:
+        """As far before as the decoder's convolutions over time look back."""
+        return self.kind.resume_from(self._vae, latent)
 
     def fingerprint(self) -> str:
         if not self._fingerprint:

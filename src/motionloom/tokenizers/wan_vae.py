@@ -69,6 +69,27 @@ def _decode(vae: Any, latents: Iterator[Tensor]) -> Iterator[Tensor]:
         yield _unfold(x, vae.config.patch_size or 1)
 
 
+def _resume_from(vae: Any, latent: int) -> int:
+    return max(0, latent - lookback(vae))
+
+
+def lookback(vae: Any) -> int:
+    """Latent frames before its own that a latent's pixels depend on.
+
+    Walked from the last layer to the first: every convolution looks two frames back, and before an upsampler
+    of time there are half as many.
+    """
+    decoder = vae.decoder
+    frames = 2
+    for block in reversed(decoder.up_blocks):
+        # Wan 2.1 has a list of one, Wan 2.2 the layer itself.
+        upsamplers = getattr(block, "upsamplers", None) or [getattr(block, "upsampler", None)]
+        if any(layer is not None and layer.mode == "upsample3d" for layer in upsamplers):
+            frames = -(-frames // 2) + 2
+        frames += 4 * len(block.resnets)
+    return frames + 4 * len(decoder.mid_block.resnets) + 2
+
+
 def _fold(x: Tensor, p: int) -> Tensor:
     """Squares of p x p pixels into channels (colour, column, row); Wan 2.2 only."""
     if p == 1:
@@ -91,5 +112,6 @@ WAN_VAE = VaeKind(
     statistics=_statistics,
     encode=_encode,
     decode=_decode,
+    resume_from=_resume_from,
     check=_check,
 )
