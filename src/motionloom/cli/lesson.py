@@ -110,7 +110,7 @@ def open_teacher(recipe: Recipe, student: Model, ranks: Ranks, key: str = "teach
             f"distil.{key} {where} reads the words of another text_encoder than the cache holds: make the "
             "cache, and the student, with the teacher's text_encoder"
         )
-    same_path(student, model)
+    same_path(student, model, key)
     schedule = model.predictor.schedule
     if schedule is not None and (noisiest := float(schedule.grid(1)[0])) < 1:
         raise UserError(

@@ -407,7 +407,7 @@ class Recipe(Section):
 
     @property
     def of_shots(self) -> bool:
-        """Whether its clips are stories of several shots: those of a plan of scenes, and chunks of stories."""
+        """Whether its clips are stories of several shots: of a plan of scenes, or chunks of stories."""
         told = self.stories.frames is not None or self.stories.join[1] > 0
         return self.plan.type == "scenes" or (self.plan.type == "chunks" and told)
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from motionloom.errors import UserError
 from motionloom.evals.asked import Video
 from motionloom.evals.figures import Report, Target, summarise
+from motionloom.generate import Piece
 
 PROTOCOL = "stream-latency-v1"
 TARGETS = {
@@ -37,30 +38,6 @@ TARGETS = {
 LEAST_CHUNKS = 8  # of fewer nobody can say whether memory keeps growing
 PATIENCE = 64  # chunks without a frame after which a stream is given up
 MB = 1e6
-
-
-class Piece(Protocol):
-    """What came out of the decoder."""
-
-    @property
-    def chunk(self) -> int:
-        """The last chunk that was made."""
-        ...
-
-    @property
-    def video_PHW3(self) -> Tensor | None:
-        """uint8; no frames while a tokenizer still waits."""
-        ...
-
-    @property
-    def network_s(self) -> float:
-        """Seconds in the network."""
-        ...
-
-    @property
-    def decode_s(self) -> float:
-        """Seconds in the decoder."""
-        ...
 
 
 class Live(Protocol):

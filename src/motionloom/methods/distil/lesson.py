@@ -258,12 +258,16 @@ def _to(text: Text, device: torch.device) -> Text:
     return Text(text.x_BLC.to(device), text.valid_BL.to(device), text.scene_BL.to(device), context)
 
 
-def same_path(student: Model, teacher: Model) -> None:
-    """Raises UserError where two models mean different things by a noise level."""
+def same_path(student: Model, teacher: Model, key: str = "teacher") -> None:
+    """Raises UserError where two models mean different things by a noise level.
+
+    Args:
+        key: of ``distil``, which names the second.
+    """
     paths = [PATHS[model.recipe.flow_matching.path].name for model in (student, teacher)]
     if paths[0] != paths[1]:
         raise UserError(
-            f"flow_matching.path {paths[0]} is not that of distil.teacher ({paths[1]}): use the teacher's"
+            f"flow_matching.path {paths[0]} is not that of distil.{key} ({paths[1]}): use that"
         )
 
 

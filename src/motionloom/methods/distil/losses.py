@@ -44,8 +44,8 @@ def dmd(
         pull = fake - real
         if normalise:
             pull = pull / distance(made, real, weight_BFS)
-        target = made - pull
-    return 0.5 * mean((made - target).square(), weight_BFS)
+    # The published (made - [made - pull])^2 / 2 in value and gradient, without its rounding.
+    return mean((made - made.detach()) * pull + 0.5 * pull.square(), weight_BFS)
 
 
 def sid(

@@ -10,37 +10,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-
-class Piece(Protocol):
-    """What came out of the decoder: a chunk's frames, or a part of them."""
-
-    @property
-    def chunk(self) -> int:
-        """The last chunk that was made."""
-
-    @property
-    def video_PHW3(self) -> Tensor | None:
-        """uint8 sRGB; None or no frames while a tokenizer still waits for more latents."""
-
-    @property
-    def sound_ZM(self) -> Tensor | None:
-        """float32 in [-1, 1]."""
-
-    @property
-    def prompt(self) -> str:
-        """Under which it was made."""
-
-    @property
-    def network_s(self) -> float:
-        """Seconds in the network."""
-
-    @property
-    def decode_s(self) -> float:
-        """Seconds in decoding."""
-
-    @property
-    def whole_s(self) -> float:
-        """Seconds in all."""
+from motionloom.generate import Piece
 
 
 class Film(Protocol):
