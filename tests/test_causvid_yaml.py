@@ -690,6 +690,7 @@ TINY = {
     },
     "output_dir": "runs",
     "num_workers": 0,
+    "seed": 0,  # one table of words for teacher and student
 }
 FEWER = ("distil.grid_steps=25", "distil.teacher=teacher.yaml")  # 0, 18 and 22 of 25 are 0, 36 and 44 of 50
 
@@ -769,7 +770,8 @@ def test_self_forcing_runs_from_a_student_that_came_as_a_model_pt(workshop: Path
     student = {f"model._fsdp_wrapped_module.{name}": t for name, t in original.items()}
     torch.save({"generator_ema": student}, "ode_init.pt")
     done("convert", "ode_init.pt", "models/ode_init")
-    start = ("model.name_or_path=models/ode_init", "distil.teacher=teacher.yaml")
+    judges = ("distil.teacher=teacher.yaml", "distil.critic_from=teacher.yaml")
+    start = ("model.name_or_path=models/ode_init", *judges)
     done("train", "self_forcing_wan.yaml", "--cache", "cache", *start)
     assert 0 < apart(weights_of("runs/self_forcing_wan"), tensors(published("student"))) < ONE_STEP
     recipe = load_recipe("runs/self_forcing_wan/recipe.yaml")

@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import motionloom.methods.denoise as denoise_module
 from laid import read_video
 from motionloom.backbones import build_backbone
 from motionloom.backbones.cogvideox import PRESETS as COGVIDEOX
@@ -647,13 +646,13 @@ class Fed:
         backbone.register_forward_pre_hook(lambda module, args: self.streams.update(args[0]))
 
     def losses(self, batch: Batch, noise: Mapping[str, Tensor]) -> Any:
-        real = denoise_module._randn
+        real = StepContext.randn
 
-        def told(like: Tensor, context: StepContext, purpose: str) -> Tensor:
+        def told(context: StepContext, like: Tensor, purpose: str) -> Tensor:
             m = {"noise": "video", "noise audio": "audio"}.get(purpose)
-            return real(like, context, purpose) if m is None else noise[m]
+            return real(context, like, purpose) if m is None else noise[m]
 
-        self.patch.setattr(denoise_module, "_randn", told)
+        self.patch.setattr(StepContext, "randn", told)
         return self.method.losses(batch, CONTEXT)
 
 
@@ -1471,15 +1470,15 @@ def test_a_training_step_can_be_rebuilt_from_a_request(monkeypatch, name: str) -
     fed: list[dict[str, Stream]] = []
     hook = backbone.register_forward_pre_hook(lambda module, args: fed.append(dict(args[0])))
     noise: dict[str, Tensor] = {}
-    real = denoise_module._randn
+    real = StepContext.randn
 
-    def keep(like: Tensor, context: StepContext, purpose: str) -> Tensor:
-        drawn_noise = real(like, context, purpose)
+    def keep(context: StepContext, like: Tensor, purpose: str) -> Tensor:
+        drawn_noise = real(context, like, purpose)
         if purpose in ("noise", "noise audio"):
             noise["audio" if "audio" in purpose else "video"] = drawn_noise
         return drawn_noise
 
-    monkeypatch.setattr(denoise_module, "_randn", keep)
+    monkeypatch.setattr(StepContext, "randn", keep)
     batch = training_batch(model, lengths, request)
     method.losses(batch, CONTEXT)
     hook.remove()

@@ -375,6 +375,9 @@ class TwoTurns:
     def modules(self) -> dict[str, nn.Module]:
         return dict(self.parts)
 
+    def beside(self) -> dict[str, nn.Module]:
+        return {}
+
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return self._optimizers
 

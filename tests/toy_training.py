@@ -157,6 +157,9 @@ class Regression:
     def modules(self) -> dict[str, nn.Module]:
         return {"net": self.net}
 
+    def beside(self) -> dict[str, nn.Module]:
+        return {}
+
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return dict(self._optimizers)
 

@@ -15,8 +15,8 @@ from motionloom.methods.distil.matching import Matching
 from motionloom.methods.distil.ode import Ode
 from motionloom.train.method import Method
 
-METHODS = ("denoise", "ode", "consistency", "matching")
-"""Names of ``train.method``."""
+METHODS = {"denoise": Denoise, "ode": Ode, "consistency": Consistency, "matching": Matching}
+"""Methods by name."""
 
 
 def build_method(

@@ -104,7 +104,7 @@ class Denoise:
         layout = self._plan.layout(sample, text, given)
         path = self._objective.path
         clean = {m: patchify(batch.latents[m].x_BFHWC, self._patch_of(m)) for m in layout.tracks}
-        noise = {m: _randn(x, context, _purpose("noise", m)) for m, x in clean.items()}
+        noise = {m: context.randn(x, _purpose("noise", m)) for m, x in clean.items()}
         references = reference_tokens(batch, given, context, self._patch, path.mix)
         values = Values(clean, {m: references[m] for m in layout.tracks if m in references})
         sigma = {}
@@ -197,7 +197,3 @@ class _Error(NamedTuple):
 def _purpose(what: str, modality: str) -> str:
     """Video alone draws what it drew before there was sound."""
     return what if modality == "video" else f"{what} {modality}"
-
-
-def _randn(like: Tensor, context: StepContext, purpose: str) -> Tensor:
-    return torch.randn(like.shape, generator=context.device_generator(purpose), device=like.device)

@@ -5,7 +5,6 @@ Shapes: B batch, F token frames, S cells of a frame, C channels of a token.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from motionloom.data.batch import Batch
@@ -26,8 +25,7 @@ def reference_tokens(
             x_BFSC = patchify(clip.x_BFHWC, patch if m == "video" else (1, 1, 1))
             noise_BFSC = x_BFSC
             if how.noise_B is not None:
-                generator = context.device_generator(f"noise reference {m} {i}")
-                noise_BFSC = torch.randn(x_BFSC.shape, generator=generator, device=x_BFSC.device)
+                noise_BFSC = context.randn(x_BFSC, f"noise reference {m} {i}")
             shown.append(as_shown(x_BFSC, noise_BFSC, how.noise_B, mix))
         found[m] = tuple(shown)
     return found

@@ -43,6 +43,10 @@ class StepContext:
         """
         return torch_generator(*self._key(purpose), device=self.device)
 
+    def randn(self, like: Tensor, purpose: str) -> Tensor:
+        """Standard normal noise of a tensor's shape, on the device."""
+        return torch.randn(like.shape, generator=self.device_generator(purpose), device=like.device)
+
     def _key(self, purpose: str) -> tuple[int | str, ...]:
         return (self.seed, self.phase, self.step, self.micro, self.rank, self.turn, purpose)
 

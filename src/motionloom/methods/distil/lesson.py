@@ -142,10 +142,7 @@ class Pupil:
 
     def noise(self, like: Mapping[str, Tensor], context: StepContext, purpose: str) -> Tokens:
         """Standard normal noise for every modality."""
-        return {
-            m: torch.randn(x.shape, generator=context.device_generator(f"{purpose} {m}"), device=x.device)
-            for m, x in like.items()
-        }
+        return {m: context.randn(x, f"{purpose} {m}") for m, x in like.items()}
 
 
 @dataclass
@@ -266,9 +263,7 @@ def same_path(student: Model, teacher: Model, key: str = "teacher") -> None:
     """
     paths = [PATHS[model.recipe.flow_matching.path].name for model in (student, teacher)]
     if paths[0] != paths[1]:
-        raise UserError(
-            f"flow_matching.path {paths[0]} is not that of distil.{key} ({paths[1]}): use that"
-        )
+        raise UserError(f"flow_matching.path {paths[0]} is not that of distil.{key} ({paths[1]}): use that")
 
 
 def shared_draw(context: StepContext, purpose: str, low: int, high: int) -> int:
