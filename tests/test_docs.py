@@ -163,7 +163,8 @@ def test_commands_that_are_not_run_are_understood(guide):
         for words in lines_of(block):
             if "motionloom" in (Path(word).name for word in words[:5]):
                 at = next(i for i, word in enumerate(words) if Path(word).name == "motionloom")
-                parses(words[at + 1 :])
+                end = words.index("|") if "|" in words else len(words)
+                parses(words[at + 1 : end])
 
 
 @pytest.mark.parametrize(

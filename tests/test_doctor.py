@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -320,12 +320,22 @@ class Loud(Track):
         return super().sigmas(sigma_BD) + 0.1
 
 
+def _given_to(track: Track) -> dict[str, Any]:
+    return {f.name: getattr(track, f.name) for f in fields(track) if f.init}
+
+
 class Noising(TextToVideo):
     """A plan that copies given frames but calls them noisy."""
 
     def layout(self, sample: Sample, text: Text, given: Given) -> Layout:
         layout = super().layout(sample, text, given)
-        return replace(layout, tracks={m: Loud(**vars(track)) for m, track in layout.tracks.items()})
+        return replace(
+            layout,
+            tracks={
+                m: Loud(**{f.name: getattr(track, f.name) for f in fields(track) if f.init})
+                for m, track in layout.tracks.items()
+            },
+        )
 
 
 def test_given_frames_with_a_noise_level_are_found() -> None:
