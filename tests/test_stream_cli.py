@@ -229,7 +229,7 @@ def model() -> Model:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, model: Model, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(ctrl_c: None, tmp_path: Path, model: Model, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder in which the command finds a model whatever it is called."""
     monkeypatch.setattr("motionloom.cli.assemble.open_model", lambda *a, **k: model)
     monkeypatch.setattr("motionloom.cli.lora.into_weights", lambda *a, **k: None)

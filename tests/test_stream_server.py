@@ -991,7 +991,7 @@ def test_a_host_that_is_not_ours_is_told(host: str) -> None:
         listen(host, 0)
 
 
-def test_ctrl_c_ends_server_viewers_and_threads() -> None:
+def test_ctrl_c_ends_server_viewers_and_threads(ctrl_c: None) -> None:
     with studio(begin=False, before=slow(0.01)) as here, listen("127.0.0.1", 0) as listener:
         seen: list[Any] = []
         before = set(threading.enumerate())

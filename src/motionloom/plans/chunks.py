@@ -84,11 +84,19 @@ class Chunks:
         return bounds
 
     def _chunk_numbers(self, main: Geometry) -> Tensor:
-        """The chunk of each frame of the main modality, (F,)."""
+        """The chunk of each frame of the main modality, (F,); scenes are those of the first sample."""
         if main.scenes == 1:
             return self.chunk_of(main.grid[0], main.device)
-        lengths = torch.tensor([end - begin for begin, end in self._bounds(main)])
-        return torch.repeat_interleave(torch.arange(len(lengths)), lengths).to(main.device)
+        scene_F, index_F = main.scene_BF[0], torch.arange(main.grid[0], device=main.device)
+        new_F = torch.cat([torch.ones_like(scene_F[:1], dtype=torch.bool), scene_F[1:] != scene_F[:-1]])
+        within_F = index_F - torch.where(new_F, index_F, 0).cummax(dim=0).values
+        head = int(self.first_alone)
+        begins_F = (within_F == 0) | ((within_F >= head) & ((within_F - head) % self.frames == 0))
+        return begins_F.cumsum(dim=0) - 1
+
+    def _most_chunks(self, main: Geometry) -> int:
+        """How many chunks there are at most, known without asking the device; of one scene, how many."""
+        return (main.grid[0] + main.scenes * (self.frames - 1) * (1 + self.first_alone)) // self.frames
 
     def stages(self, sample: Sample) -> list[Stage]:
         """Chunk after chunk, each from the clean past: what a stream does."""
@@ -117,7 +125,7 @@ class Chunks:
 
     def layout(self, sample: Sample, text: Text, given: Given) -> Layout:
         sample = place(sample, self.positions, self.jump, self.gap)
-        num_chunks = len(self._bounds(sample.main))
+        num_chunks = self._most_chunks(sample.main)
         teacher = self.forcing == "teacher"
 
         def made(geometry: Geometry) -> Made:
