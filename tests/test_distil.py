@@ -1113,3 +1113,13 @@ def test_given_frames_are_given_to_teacher_and_critic_and_count_for_nothing() ->
     assert torch.equal(call.streams["video"][:, :24], clean_BFSC[:, 0])
     assert not call.sigma_BN[:, :24].any()
     assert (call.sigma_BN[:, 24:] > 0).all()
+
+
+def test_a_critic_s_clean_error_is_its_velocity_s_by_sigma_squared() -> None:
+    found = {}
+    for kind in ("flow", "clean"):
+        student = student_of(distil={"source": "data", "critic_loss": kind})
+        found[kind] = taught(student).losses(clips(student, 4), at("critic"))
+    sigma_B = found["flow"].sigma_B
+    assert sigma_B.unique().numel() > 1
+    torch.testing.assert_close(found["clean"].loss_B, sigma_B**2 * found["flow"].loss_B)

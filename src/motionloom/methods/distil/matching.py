@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from motionloom.config.recipe import Recipe
 from motionloom.data.batch import Batch
-from motionloom.flow import TimeSampling
+from motionloom.flow import WEIGHTINGS, TimeSampling
 from motionloom.generate import Model, Sampling, Task, rollout
 from motionloom.generate.windows import head_alone, last_window, longer_sample
 from motionloom.methods.distil import losses
@@ -270,7 +270,11 @@ class Matching:
         loss_B, logs = None, {}
         for m, one in fake.items():
             target = path.velocity(made.x[m], noise[m], one.sigma_BFS)
-            error_B = losses.mean((one.velocity_BFSC.float() - target.float()).square(), one.weight_BFS)
+            error_BFSC = (one.velocity_BFSC.float() - target.float()).square()
+            if self._config.critic_loss == "clean":
+                # Of one state a velocity error d is a clean error of s / W times d.
+                error_BFSC = error_BFSC * WEIGHTINGS["sigma_squared"](one.sigma_BFS, path=path)[..., None]
+            error_B = losses.mean(error_BFSC, one.weight_BFS)
             loss_B = self._weights[m] * error_B if loss_B is None else loss_B + self._weights[m] * error_B
         assert loss_B is not None
         if self._judge is not None:
