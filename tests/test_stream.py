@@ -5,6 +5,7 @@ Shapes: F latent frames, h x w cells, P pixel frames, H x W pixels, Z sound chan
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import cache
@@ -19,6 +20,7 @@ from motionloom.config import Recipe
 from motionloom.errors import UserError
 from motionloom.flow import Guidance
 from motionloom.generate import Ask, Model, Piece, Sampling, Stream, Task, rollout
+from motionloom.generate.screen import Decoder
 from motionloom.generate.soundtrack import Soundtrack
 from motionloom.nn.patching import patchify
 from motionloom.plans import Given, Values
@@ -656,3 +658,23 @@ def test_words_that_fail_are_not_taken():
         stream.say(OTHER, recache=True)
     assert stream.prompt == PROMPT
     assert torch.equal(film(stream, 2), film(calm, 5)[-4:])
+
+
+def test_a_decoder_has_ended_when_whoever_had_it_goes() -> None:
+    """At the end of the process too: a thread that is still at work then would abort it."""
+    ended = []
+
+    class Slow:
+        def stream_decode(self, latents: Iterator[Tensor]) -> Iterator[Tensor]:
+            try:
+                yield from latents
+            finally:
+                time.sleep(0.2)
+                ended.append(True)
+
+    decoder = Decoder(Slow())  # type: ignore[arg-type]
+    assert decoder.take() is None
+    decoder.feed(torch.zeros(1, 1, 1, 1))
+    assert decoder.take() is not None
+    del decoder
+    assert ended == [True]

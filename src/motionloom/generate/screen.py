@@ -24,6 +24,10 @@ from torch import Tensor
 from motionloom.tokenizers import Tokenizer
 
 
+PATIENCE = 10.0
+"""Seconds that a decoder has to end what it is at."""
+
+
 class Decoder:
     """One ``stream_decode`` that can be asked whether it has anything."""
 
@@ -31,10 +35,12 @@ class Decoder:
         self._fed: SimpleQueue[Tensor | None] = SimpleQueue()
         self._given: SimpleQueue[Tensor | BaseException | None] = SimpleQueue()
         self._waits = False
-        threading.Thread(
+        thread = threading.Thread(
             target=_decode, args=(tokenizer, self._fed, self._given), name="decoder", daemon=True
-        ).start()
-        weakref.finalize(self, self._fed.put, None)
+        )
+        thread.start()
+        # At the end of the process as well: a thread that is still in torch then would abort it.
+        weakref.finalize(self, _dismiss, thread, self._fed)
 
     def take(self) -> Tensor | None:
         """The next frames, uint8 (P, H, W, 3) on the CPU; None: it waits for latents.
@@ -55,6 +61,12 @@ class Decoder:
         assert self._waits, "the decoder has not taken what it was fed last"
         self._waits = False
         self._fed.put(latents_FhwC)
+
+
+def _dismiss(thread: threading.Thread, fed: SimpleQueue[Tensor | None]) -> None:
+    fed.put(None)
+    if thread is not threading.current_thread():
+        thread.join(PATIENCE)
 
 
 class _Abandoned(Exception):
