@@ -23,7 +23,6 @@ from torch import Tensor
 
 from motionloom.tokenizers import Tokenizer
 
-
 PATIENCE = 10.0
 """Seconds that a decoder has to end what it is at."""
 
