@@ -75,7 +75,7 @@ def _from_caches(
     sampling: Sampling,
     stages: Sequence[Stage],
     generator: torch.Generator | None,
-    watches: Sequence[Watch],
+    watches: Sequence[Watch | None],
     trained: Sequence[Trained],
 ) -> Tokens:
     assert isinstance(plan, StreamedPlan)
@@ -99,7 +99,7 @@ def _under_mask(
     sampling: Sampling,
     stages: Sequence[Stage],
     generator: torch.Generator | None,
-    watches: Sequence[Watch],
+    watches: Sequence[Watch | None],
     trained: Sequence[Trained],
 ) -> Tokens:
     clean = dict(task.clean.clean)
@@ -148,7 +148,11 @@ def _check_hints(given: Given, sampling: Sampling, predictor: Predictor) -> None
 
 def _watching(
     n: int, stage: Stage, stages: int, steps: int, progress: Progress | None, watch: WatchStage | None
-) -> Watch:
+) -> Watch | None:
+    """None where nobody looks: no clean estimate is computed then."""
+    if progress is None and watch is None:
+        return None
+
     def tell(step: int, sigma: float, x: Mapping[str, Tensor], clean: Mapping[str, Tensor]) -> None:
         if progress is not None:
             progress(n * steps + step + 1, stages * steps)
