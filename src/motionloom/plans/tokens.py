@@ -50,7 +50,7 @@ def to_streams(
         sigma: the K noise levels of each modality, (B, K).
     """
     x = {
-        m: mix(values.clean[m], noise[m], _clip_sigma(track, sigma[m], values.clean[m]))
+        m: mix(values.clean[m], noise[m], clip_sigma(track, sigma[m], values.clean[m]))
         for m, track in layout.tracks.items()
     }
     return to_streams_at(layout, values, x, noise, sigma, text, mix)
@@ -102,7 +102,7 @@ def start(layout: Layout, modality: str, clean_BFSC: Tensor, noise_BFSC: Tensor,
     return torch.where(hint, mix(clean_BFSC, noise_BFSC, share[..., 0]), noise_BFSC)
 
 
-def _clip_sigma(track: Track, sigma_BK: Tensor, like_BFSC: Tensor) -> Tensor:
+def clip_sigma(track: Track, sigma_BK: Tensor, like_BFSC: Tensor) -> Tensor:
     """(B, F, S): the noise level of each token of the clip, to mix with."""
     level_BN = track.target(track.level_BN).expand(len(sigma_BK), -1)
     return sigma_BK.gather(1, level_BN).unflatten(1, like_BFSC.shape[1:3])
@@ -130,7 +130,7 @@ def _stream(
     if track.fixed_BK is None:
         shown_BFSC = clean_BFSC
     else:
-        sigma_BFS = _clip_sigma(track, sigma_BK, clean_BFSC)
+        sigma_BFS = clip_sigma(track, sigma_BK, clean_BFSC)
         shown_BFSC = torch.where(sigma_BFS[..., None] > 0, mix(clean_BFSC, noise_BFSC, sigma_BFS), clean_BFSC)
     tokens = [keep_given(layout, modality, shown_BFSC, x_BFSC).flatten(1, 2)]
     facts = [_clip_facts(track)]

@@ -19,8 +19,9 @@ from motionloom.config.recipe import Recipe
 from motionloom.data.batch import Batch
 from motionloom.flow import sigma_schedule
 from motionloom.generate import Model
-from motionloom.methods.distil.lesson import Teacher, at_levels, fitted, guess, table_draws
+from motionloom.methods.distil.lesson import Teacher, fitted, guess, noised, table_draws
 from motionloom.methods.distil.ode import Regression, clean_losses
+from motionloom.plans.tokens import clip_sigma
 from motionloom.train.method import Losses, StepContext
 
 
@@ -42,15 +43,13 @@ class Consistency(Regression):
             draws = 1  # a teacher that knows one level for the whole clip
         index_BD, now_BD = table_draws(self._grid[:-1], (len(batch.ids), draws), context)
         next_BD = torch.tensor(self._grid)[index_BD + 1]
-        x, levels = at_levels(student.predictor, layout, asked.clean, now_BD, noise)
+        x, levels = noised(student.predictor, layout, asked.clean, now_BD, noise)
         shown = self._teacher.guess(asked, asked.sample, asked.clean, now_BD, noise, x)
         cleaner, targets = {}, {}
         for m, track in layout.tracks.items():
             targets[m] = track.sigmas(fitted(next_BD, track).to(x[m].device))
-            level_BN = track.target(track.level_BN).expand(len(batch.ids), -1)
-            step_BN = (targets[m] - levels[m]).gather(1, level_BN)
-            step_BFS1 = step_BN.unflatten(1, x[m].shape[1:3])[..., None]
-            cleaner[m] = x[m] + step_BFS1 * shown[m].velocity_BFSC
+            step_BFS = clip_sigma(track, targets[m] - levels[m], x[m])
+            cleaner[m] = x[m] + step_BFS[..., None] * shown[m].velocity_BFSC
         values = asked.values(asked.clean)
         with torch.no_grad():
             end = guess(student.predictor, layout, values, cleaner, targets, noise, asked.text)

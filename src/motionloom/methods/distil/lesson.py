@@ -17,15 +17,14 @@ from motionloom.data.sample import batch_sample
 from motionloom.errors import UserError
 from motionloom.flow import PATHS
 from motionloom.generate import Model
+from motionloom.generate.task import Tokens
 from motionloom.methods.references import reference_tokens
 from motionloom.nn.patching import patchify
 from motionloom.plans import Given, Layout, Sample, Text, Values, read_clip, to_streams_at
 from motionloom.plans.layout import Track
+from motionloom.plans.tokens import clip_sigma
 from motionloom.text.base import TextEncoder, encode_scenes
 from motionloom.train.method import StepContext
-
-Tokens = dict[str, Tensor]
-"""(B, F, S, C) by modality."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ def guess(
     return found
 
 
-def at_levels(
+def noised(
     predictor: Predictor,
     layout: Layout,
     clean: Mapping[str, Tensor],
@@ -87,9 +86,7 @@ def at_levels(
     x, levels = {}, {}
     for m, track in layout.tracks.items():
         levels[m] = track.sigmas(fitted(draws, track).to(clean[m].device))
-        level_BN = track.target(track.level_BN).expand(len(draws), -1)
-        sigma_BFS = levels[m].gather(1, level_BN).unflatten(1, clean[m].shape[1:3])
-        x[m] = predictor.path.mix(clean[m], noise[m], sigma_BFS)
+        x[m] = predictor.path.mix(clean[m], noise[m], clip_sigma(track, levels[m], clean[m]))
     return x, levels
 
 
@@ -180,7 +177,6 @@ class Teacher:
         layout = self.model.plan.layout(asked.sample, self.text(asked.batch), asked.given)
         return max(track.num_draws for track in layout.tracks.values())
 
-    @torch.no_grad()
     def guess(
         self,
         asked: Asked,
@@ -189,6 +185,8 @@ class Teacher:
         draws: Tensor,
         noise: Mapping[str, Tensor],
         x: Mapping[str, Tensor] | None = None,
+        *,
+        graph: bool = False,
     ) -> dict[str, Guess]:
         """The guided clean estimate of clips at noise levels.
 
@@ -196,32 +194,22 @@ class Teacher:
             sample: where their tokens stand; the batch's own, or a part of a longer one.
             clean: the clips.
             x: their noised states, if they are not ``clean`` mixed with ``noise``.
+            graph: for losses that learn through it, where gradients are on.
         """
-        return self.guess_with_graph(asked, sample, clean, draws, noise, x)
-
-    def guess_with_graph(
-        self,
-        asked: Asked,
-        sample: Sample,
-        clean: Mapping[str, Tensor],
-        draws: Tensor,
-        noise: Mapping[str, Tensor],
-        x: Mapping[str, Tensor] | None = None,
-    ) -> dict[str, Guess]:
-        """As :meth:`guess`, for losses that learn through the teacher's input."""
-        predictor, plan = self.model.predictor, self.model.plan
-        text = self.text(asked.batch)
-        layout = plan.layout(sample, text, asked.given)
-        states, levels = at_levels(predictor, layout, clean, draws, noise)
-        states = states if x is None else dict(x)
-        values = asked.values(clean)
-        cond = guess(predictor, layout, values, states, levels, noise, text)
-        if self.scale == 1:
-            return cond
-        against = self.against(asked.batch)
-        layout = plan.layout(sample, against, asked.given)
-        uncond = guess(predictor, layout, values, states, levels, noise, against)
-        return {m: _guided(cond[m], uncond[m], self.scale) for m in cond}
+        with torch.set_grad_enabled(graph and torch.is_grad_enabled()):
+            predictor, plan = self.model.predictor, self.model.plan
+            text = self.text(asked.batch)
+            layout = plan.layout(sample, text, asked.given)
+            states, levels = noised(predictor, layout, clean, draws, noise)
+            states = states if x is None else dict(x)
+            values = asked.values(clean)
+            cond = guess(predictor, layout, values, states, levels, noise, text)
+            if self.scale == 1:
+                return cond
+            against = self.against(asked.batch)
+            layout = plan.layout(sample, against, asked.given)
+            uncond = guess(predictor, layout, values, states, levels, noise, against)
+            return {m: _guided(cond[m], uncond[m], self.scale) for m in cond}
 
 
 def _guided(cond: Guess, uncond: Guess, scale: float) -> Guess:

@@ -28,6 +28,7 @@ from motionloom.config.recipe import Recipe
 from motionloom.data.batch import Batch
 from motionloom.flow import WEIGHTINGS, TimeSampling
 from motionloom.generate import Model, Sampling, Task, rollout
+from motionloom.generate.task import Tokens
 from motionloom.generate.windows import head_alone, last_window, longer_sample
 from motionloom.methods.distil import losses
 from motionloom.methods.distil.judge import Judge, tapped
@@ -36,8 +37,8 @@ from motionloom.methods.distil.lesson import (
     Guess,
     Pupil,
     Teacher,
-    at_levels,
     guess,
+    noised,
     shared_draw,
     table_draws,
 )
@@ -46,8 +47,6 @@ from motionloom.plans import NOTHING, Sample
 from motionloom.train.lora import without_adapters
 from motionloom.train.method import Losses, StepContext
 from motionloom.train.muon import OPTIMIZERS
-
-Tokens = dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ class Matching:
         draws = max(track.num_draws for track in layout.tracks.values())
         table = level_table(self._config.levels, layout)
         _, sigma_BD = table_draws(table, (len(asked.batch.ids), draws), context)
-        x, levels = at_levels(student.predictor, layout, asked.clean, sigma_BD, noise)
+        x, levels = noised(student.predictor, layout, asked.clean, sigma_BD, noise)
         found = guess(student.predictor, layout, asked.values(asked.clean), x, levels, noise, asked.text)
         return Made(asked, asked.sample, {m: one.clean_BFSC.float() for m, one in found.items()})
 
@@ -195,11 +194,11 @@ class Matching:
         return replace(
             asked,
             sample=sample,
-            clean={m: _longer(x, sample.tracks[m].grid[0], 1) for m, x in asked.clean.items()},
+            clean={m: _longer(x, sample.tracks[m].grid[0]) for m, x in asked.clean.items()},
             given=replace(
                 asked.given,
                 marks={
-                    m: replace(marks, kind_BN=_longer(marks.kind_BN, sample.tracks[m].tokens, 1))
+                    m: replace(marks, kind_BN=_longer(marks.kind_BN, sample.tracks[m].tokens))
                     for m, marks in asked.given.marks.items()
                 },
             ),
@@ -217,13 +216,12 @@ class Matching:
         return sigma_B1, self._pupil.noise(made.x, context, purpose)
 
     def _fake(self, made: Made, sigma_B1: Tensor, noise: Tokens) -> dict[str, Guess]:
-        return self._critic.guess_with_graph(made.asked, made.sample, made.x, sigma_B1, noise)
+        return self._critic.guess(made.asked, made.sample, made.x, sigma_B1, noise, graph=True)
 
     def _real(self, made: Made, sigma_B1: Tensor, noise: Tokens, graph: bool = False) -> dict[str, Guess]:
-        ask = self._teacher.guess_with_graph if graph else self._teacher.guess
         # With a LoRA critic the teacher is the same network without its adapters.
         with without_adapters(self._beside["critic"]):
-            return ask(made.asked, made.sample, made.x, sigma_B1, noise)
+            return self._teacher.guess(made.asked, made.sample, made.x, sigma_B1, noise, graph=graph)
 
     # --- turns ---
 
@@ -330,8 +328,7 @@ def _main(sample: Sample) -> str:
     return "video" if "video" in sample.tracks else "audio"
 
 
-def _longer(t: Tensor, length: int, dim: int) -> Tensor:
-    """Zeros at the end of a dimension."""
-    shape = list(t.shape)
-    shape[dim] = length - t.shape[dim]
-    return torch.cat([t, t.new_zeros(shape)], dim=dim)
+def _longer(t_BN: Tensor, length: int) -> Tensor:
+    """Zeros at the end of the second dimension."""
+    more = t_BN.new_zeros(len(t_BN), length - t_BN.shape[1], *t_BN.shape[2:])
+    return torch.cat([t_BN, more], dim=1)
