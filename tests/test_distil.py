@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from motionloom.config.distil import DistilConfig
+from motionloom.errors import UserError
 from motionloom.flow import LINEAR, TimeSampling, sigma_schedule, warped_steps
 from motionloom.generate import Model, Sampling, Task, rollout
 from motionloom.methods.distil import losses
@@ -751,6 +752,59 @@ def test_long_roll_outs_learn_at_their_end_alone() -> None:
         reached.add(total)
     assert min(reached) == 4
     assert 6 < max(reached) <= 9
+
+
+def test_words_change_at_the_stage_that_says_so_and_the_past_stays() -> None:
+    """As ``Stream.say`` does it: held keys are those of the old words."""
+    model, ear = listening(toy_model("joint", ROLLS["pairs"]))
+    task = task_for(model)
+    other = words(model, "a green square", "a white ring")
+
+    def made(task: Task) -> Tensor:
+        sampling = Sampling("consistency", sigmas=LEVELS)
+        return rollout(model.predictor, model.plan, task, sampling, generator=torch_generator("fresh"))[
+            "video"
+        ]
+
+    plain = made(task)
+    ear.heard.clear()
+    changed = made(replace(task, later={1: other}))
+    heard = list(ear.heard)
+    assert torch.equal(changed[:, :2], plain[:, :2])
+    assert (changed[:, 2:] - plain[:, 2:]).abs().max() > 1e-3
+    assert (changed[:, 2:] - made(replace(task, text=other))[:, 2:]).abs().max() > 1e-3, (
+        "the past is of the old"
+    )
+    for one in heard:
+        wanted = task.text if one.cell_BN3[0, 0, 0] < 2 else other
+        assert torch.equal(one.streams["text"], wanted.x_BLC)
+    whole = toy_model("joint", "text_to_video")
+    with pytest.raises(UserError, match="from a cache"):
+        rollout(whole.predictor, whole.plan, replace(task_for(whole), later={1: other}), Sampling(steps=1))
+
+
+def test_a_switched_roll_out_is_judged_under_the_words_of_its_end() -> None:
+    """distil.switch: what lies before the end is made under the neighbour's words."""
+    options = {"longest": 6, "num_steps": 2, "switch": 1.0}
+    model, own = listening(student_of("joint", LONG, distil=options))
+    teacher, ear = listening(toy_model("joint", "text_to_video"), cached=False)
+    method, batch = taught(model, teacher), clips(model)
+    text = words(model, *(captions[0] for captions in batch.captions)).x_BLC
+    lengths = set()
+    for step in range(6):
+        own.heard.clear()
+        ear.heard.clear()
+        method.losses(batch, at("student", step))
+        total = 1 + max(int(one.cell_BN3[..., 0].max()) for one in own.heard)
+        lengths.add(total)
+        for one in own.heard:
+            before = int(one.cell_BN3[0, 0, 0]) < total - 4
+            assert torch.equal(one.streams["text"], text.roll(1, 0) if before else text)
+        assert all(torch.equal(one.streams["text"], text) for one in ear.heard)
+    assert lengths == {5, 6}
+    never = student_of("joint", LONG, distil={"longest": 4, "switch": 1.0})
+    with pytest.raises(UserError, match="longest 4 leaves no chunk"):
+        taught(never).losses(clips(never), at("student"))
 
 
 # --- ODE regression -----------------------------------------------------------------------------------------

@@ -40,6 +40,11 @@ class DistilConfig(Section):
         default=None,
         description="rollout: most latent frames; of a longer roll-out its last clip's length is scored.",
     )
+    switch: Fraction = Field(
+        default=0.0,
+        description="rollout: how often what lies before the scored end is made under another caption of "
+        "the batch, as when a prompt is changed (LongLive); needs `longest`.",
+    )
     critic: Literal["full", "lora"] = Field(
         default="full", description="lora: adapters on the teacher, so that one network is held for both."
     )

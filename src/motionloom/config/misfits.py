@@ -113,6 +113,12 @@ def _student_misfits(r: Recipe) -> Iterator[str]:
             "distil.longest is for roll-outs of chunks (train.method matching, distil.source rollout, "
             "plan.type chunks): leave it out"
         )
+    if d.switch > 0 and d.longest is None:
+        yield "distil.switch changes the words before a roll-out's scored end: set distil.longest"
+    if d.switch > 0 and r.train.batch_size < 2:
+        yield "distil.switch takes other words from the batch: set train.batch_size to 2 or more"
+    if d.switch > 0 and r.of_shots:
+        yield "distil.switch is for clips of one scene, and stories have several: leave one of them out"
     if d.critic == "lora" and d.critic_from:
         yield "distil.critic lora is the teacher with adapters: leave distil.critic_from out"
     if d.critic == "lora" and d.loss == "gan":

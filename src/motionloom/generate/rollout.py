@@ -51,11 +51,14 @@ def rollout(
         graph_from: training. The first stage whose estimate has one.
 
     Raises:
-        UserError: a hint (strength below 1) with a path or a solver that knows none.
+        UserError: a hint (strength below 1) with a path or a solver that knows none; words that change where
+            all is computed under the plan's mask.
     """
     _check_hints(task.given, sampling, predictor)
     stages = plan.stages(task.sample)
     streamed = len(stages) > 1 and not any(task.given.references.values()) and can_stream(predictor, plan)
+    if task.later and not streamed:
+        raise UserError("words that change on the way are for models that make chunks from a cache")
     make = _from_caches if streamed else _under_mask
     watches = [
         _watching(n, stage, len(stages), sampling.walk_steps, progress, watch)
@@ -82,6 +85,9 @@ def _from_caches(
     roller = Roller(predictor, plan, sampling)
     parts: list[Tokens] = []
     for n, stage in enumerate(stages):
+        if n in task.later:
+            roller.forget_words()
+            task = replace(task, text=task.later[n])
         part = task.part(stage)
         made = roller.make(n, part, generator, watches[n], trained[n])
         parts.append(made)

@@ -66,6 +66,8 @@ class Task:
     """Clean tokens of what is given; needed when anything is. References stand as they are to be shown."""
     without: Mapping[str, Given] = field(default_factory=dict)
     """By condition: what is given without it; needed when guidance leaves it out."""
+    later: Mapping[int, Text] = field(default_factory=dict)
+    """By stage: other words from there on. What was made before was made under those before."""
 
     @property
     def clean(self) -> Values:

@@ -12,6 +12,7 @@ causal while teacher and critic see the whole clip: errors that pile up along a 
 
 ``distil.longest``: roll-outs of a random length up to it; of a longer one the last clip's length is scored,
 at the places of a clip that lacks its first frame, and has gradients (Self-Forcing++, 2510.02283).
+``distil.switch``: what lies before that end may have been made under other words (LongLive, 2509.22622).
 
 Shapes: B batch, F token frames, S cells of a frame, C channels.
 """
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from motionloom.config.recipe import Recipe
 from motionloom.data.batch import Batch
+from motionloom.errors import UserError
 from motionloom.flow import WEIGHTINGS, TimeSampling
 from motionloom.generate import Model, Sampling, Task, rollout
 from motionloom.generate.task import Tokens
@@ -43,7 +45,7 @@ from motionloom.methods.distil.lesson import (
     table_draws,
 )
 from motionloom.methods.distil.ode import level_table, student_modules
-from motionloom.plans import NOTHING, Sample
+from motionloom.plans import NOTHING, Sample, Text
 from motionloom.train.lora import without_adapters
 from motionloom.train.method import Losses, StepContext
 from motionloom.train.muon import OPTIMIZERS
@@ -153,19 +155,24 @@ class Matching:
     def _rolled_out(self, asked: Asked, context: StepContext) -> Made:
         """The student's own clip, a gradient through one step of each chunk."""
         student = self._pupil.model
-        longer = self._lengthened(asked, context)
+        switched = self._switched(context)
+        longer = self._lengthened(asked, context, at_least=int(switched))
         sample, main = longer.sample, _main(longer.sample)
         noise = self._pupil.noise(longer.clean, context, "roll-out")
         stages = student.plan.stages(sample)
         seen = last_window(sample, asked.sample.main.grid[0], head_alone(student))
+        judged_from = next(n for n, stage in enumerate(stages) if stage[main].stop > seen.first)
+        task = Task(sample, longer.text, noise, given=longer.given, values=longer.values(longer.clean))
+        if switched:
+            task = replace(task, text=_of_another(longer.text), later={judged_from: longer.text})
         made = rollout(
             student.predictor,
             student.plan,
-            Task(sample, longer.text, noise, given=longer.given, values=longer.values(longer.clean)),
+            task,
             self._sampling,
             generator=context.device_generator("fresh noise"),
             exits=self._exits(len(stages), context),
-            graph_from=next(n for n, stage in enumerate(stages) if stage[main].stop > seen.first),
+            graph_from=judged_from,
         )
         # What is given stands at the beginning, so of a later window nothing is.
         judged = asked if seen.first == 0 else replace(asked, given=NOTHING, references={})
@@ -180,14 +187,23 @@ class Matching:
             return [shared_draw(context, "exit", 0, last + 1)] * stages
         return [shared_draw(context, f"exit {n}", 0, last + 1) for n in range(stages)]
 
-    def _lengthened(self, asked: Asked, context: StepContext) -> Asked:
+    def _switched(self, context: StepContext) -> bool:
+        """Whether this roll-out changes its words; the same on all ranks."""
+        generator = replace(context, rank=0).generator("switch")
+        return bool(torch.rand((), generator=generator) < self._config.switch)
+
+    def _lengthened(self, asked: Asked, context: StepContext, at_least: int) -> Asked:
         """The same, of a clip that goes on for a random number of chunks."""
-        frames, student = asked.sample.main.grid[0], self._pupil.model
-        if self._config.longest is None or self._config.longest <= frames:
-            return asked
+        frames, student, longest = asked.sample.main.grid[0], self._pupil.model, self._config.longest
         stage = student.plan.stages(asked.sample)[-1][_main(asked.sample)]
         step = stage.stop - stage.start
-        more = step * shared_draw(context, "length", 0, (self._config.longest - frames) // step + 1)
+        chunks = max(0, (longest or 0) - frames) // step
+        if chunks < at_least:
+            raise UserError(
+                f"distil.longest {longest} leaves no chunk before the scored end of {frames} latent frames, "
+                f"whose words distil.switch could change: set {frames + step} or more"
+            )
+        more = step * shared_draw(context, "length", at_least, chunks + 1) if chunks else 0
         if more == 0:
             return asked
         sample = longer_sample(student, asked.sample, frames + more)
@@ -326,6 +342,12 @@ class Matching:
 
 def _main(sample: Sample) -> str:
     return "video" if "video" in sample.tracks else "audio"
+
+
+def _of_another(text: Text) -> Text:
+    """The words of each sample's neighbour."""
+    context_BL = None if text.context_BL is None else text.context_BL.roll(1, 0)
+    return Text(text.x_BLC.roll(1, 0), text.valid_BL.roll(1, 0), text.scene_BL.roll(1, 0), context_BL)
 
 
 def _longer(t_BN: Tensor, length: int) -> Tensor:
