@@ -487,6 +487,23 @@ def test_frames_are_redrawn_from_a_level_of_noise(kind):
     assert (stream.next().sound_ZM is not None) == (kind == "sound")
 
 
+@pytest.mark.parametrize("kind", ["joint", "first alone"])
+def test_what_was_shown_comes_back_when_it_is_encoded_again(kind):
+    """9 of the list: a film that is anchored anew on frames of its own goes on with the same frames."""
+    model, spy, _ = spied(toy(kind))
+    stream = Stream(model, Ask(PROMPT), STUDENT)
+    shown = [stream.next().video_PHW3 for _ in range(4)]
+    latents = []
+    for _ in range(2):
+        again = Stream(model, Ask(PROMPT, seed=1), STUDENT)
+        back = [again.push(frames, 1e-4).video_PHW3 for frames in shown]
+        for one, two in zip(shown, back, strict=True):
+            assert (one.int() - two.int()).abs().max() <= 2
+        shown = back
+        latents.append(spy.latents)
+    torch.testing.assert_close(*latents, rtol=0, atol=0.05)
+
+
 def test_a_push_gives_its_chunk_whole_and_refuses_what_does_not_fit():
     model, spy, _ = spied(of_vae("wan2.1"))
     stream = Stream(model, Ask(PROMPT), STUDENT)
