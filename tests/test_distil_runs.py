@@ -34,7 +34,7 @@ from motionloom.rng import torch_generator
 from motionloom.train import checkpoint
 from motionloom.train.loop import Trainer
 from motionloom.train.lora import without_adapters
-from test_resume import figures, same_tensors
+from test_resume import figures, finish, same_tensors, start
 from toy_lesson import at, clips, listening, student_of, taught
 from toy_model import toy_model, toy_recipe
 
@@ -334,6 +334,48 @@ def test_killed_and_resumed_equals_never_stopped(how: str, school: School, tmp_p
         assert any(name.startswith("judge.") for name in checkpoint.load(killed).tensors("beside"))
         assert any("judge." in name for name in checkpoint.load(killed).tensors("optimizer"))
     assert figures(killed) == figures(whole)
+
+
+SHARED = """
+import sys
+sys.path.insert(0, {tests!r})
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from motionloom.cli.assemble import assemble
+from motionloom.config import Recipe
+from motionloom.data.cache import open_cache
+from motionloom.parallel import start_ranks
+recipe = Recipe.model_validate_json(Path({recipe!r}).read_text())
+with start_ranks("cpu") as ranks:
+    assemble(recipe, open_cache({cache!r}), ranks).trainer(Path({run!r})).fit()
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_learn_alike_whole_and_in_shards(school: School, tmp_path: Path) -> None:
+    """DDP and FSDP2 on two processes: roll-outs of random length whose exits and switches are drawn for all
+    ranks at once (one that went its own way would wait for the other for ever), and the same weights."""
+    distil = {"longest": 6, "switch": 0.5, "critic_ratio": 2, "same_exit": False}
+    options = {"max_steps": 6, "save_every_steps": 6, "heldout_every_steps": 3}
+    runs = {}
+    for sharding in ("ddp", "fsdp"):
+        recipe = school.student(train=options | {"sharding": sharding}, distil=distil)
+        (tmp_path / f"{sharding}.json").write_text(recipe.model_dump_json())
+        facts = {"tests": str(Path(__file__).parent), "recipe": str(tmp_path / f"{sharding}.json")}
+        runs[sharding] = tmp_path / sharding
+        program = tmp_path / f"{sharding}.py"
+        program.write_text(SHARED.format(**facts, cache=str(school.cache.path), run=str(runs[sharding])))
+        finish(start(2, program=program), timeout=300)
+    for part in ("model", "beside"):
+        whole, shards = (saved_at(run, 6).tensors(part) for run in runs.values())
+        assert whole.keys() == shards.keys()
+        for name, t in whole.items():
+            torch.testing.assert_close(shards[name], t, rtol=1e-3, atol=1e-4)
+    alone = saved_at(train(recipe, school.cache, tmp_path / "alone"), 6).tensors("model")
+    assert any(
+        (alone[name] - t).abs().max() > 1e-3 for name, t in saved_at(runs["ddp"], 6).tensors("model").items()
+    )
 
 
 def test_a_resume_with_another_teacher_is_refused(school: School, tmp_path: Path) -> None:

@@ -47,10 +47,10 @@ def start(ranks: int, *args: str, program: Path = PROGRAM) -> subprocess.Popen[s
     )
 
 
-def finish(process: subprocess.Popen[str]) -> str:
+def finish(process: subprocess.Popen[str], timeout: float = 60) -> str:
     """Its output; it must end well."""
     try:
-        output, _ = process.communicate(timeout=60)
+        output, _ = process.communicate(timeout=timeout)
     finally:
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
