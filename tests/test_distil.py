@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from motionloom.config.distil import DistilConfig
 from motionloom.errors import UserError
 from motionloom.flow import LINEAR, TimeSampling, sigma_schedule, warped_steps
-from motionloom.generate import Model, Sampling, Task, rollout
+from motionloom.generate import Model, Sampling, Task, recipe_sampling, rollout
 from motionloom.methods.distil import losses
 from motionloom.methods.distil.judge import Judge
 from motionloom.methods.distil.lesson import Pupil, Teacher, guess, shared_draw
@@ -701,6 +701,26 @@ def test_what_is_remembered_stands_at_the_level_of_the_recipe() -> None:
         method.losses(clips(model), at("student"))
         found = {round(float(one.sigma_BN.max()), 6) for one in ear.heard}
         assert found == {*(round(one, 6) for one in model.recipe.distil.levels), level}
+
+
+def test_what_the_last_step_saw_is_remembered_without_a_pass() -> None:
+    """distil.write_through, while learning and while playing."""
+    model, ear = listening(
+        student_of(
+            "joint",
+            ROLLS["window and sink"],
+            distil={"write_through": True, "last_exit": True, "num_steps": 3},
+        )
+    )
+    taught(model).losses(clips(model), at("student"))
+    chunks = 4
+    assert len(ear.heard) == 3 * chunks
+    assert {round(float(one.sigma_BN.max()), 6) for one in ear.heard} == {
+        round(one, 6) for one in model.recipe.distil.levels
+    }
+    assert recipe_sampling(model.recipe).write_through
+    with pytest.raises(ValueError, match=r"distil\.context_noise to 0"):
+        student_of("joint", LONG, distil={"write_through": True, "context_noise": 0.1})
 
 
 LONG = {"type": "chunks", "frames": 1, "window": 2, "sinks": 1}

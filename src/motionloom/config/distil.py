@@ -36,6 +36,11 @@ class DistilConfig(Section):
     same_exit: bool = Field(default=True, description="rollout: one step with gradient for all chunks.")
     last_exit: bool = Field(default=False, description="rollout: that step is always the last one.")
     context_noise: Fraction = Field(default=0.0, description="Level at which made chunks are remembered.")
+    write_through: bool = Field(
+        default=False,
+        description="Chunks are remembered as their last step saw them, noisy, which saves a pass a chunk "
+        "(diffusion forcing); else by a pass over the clean chunk.",
+    )
     longest: Positive | None = Field(
         default=None,
         description="rollout: most latent frames; of a longer roll-out its last clip's length is scored.",

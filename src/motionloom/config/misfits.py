@@ -113,6 +113,8 @@ def _student_misfits(r: Recipe) -> Iterator[str]:
             "distil.longest is for roll-outs of chunks (train.method matching, distil.source rollout, "
             "plan.type chunks): leave it out"
         )
+    if d.write_through and d.context_noise > 0:
+        yield "distil.write_through remembers the last step's level: set distil.context_noise to 0"
     if d.switch > 0 and d.longest is None:
         yield "distil.switch changes the words before a roll-out's scored end: set distil.longest"
     if d.switch > 0 and r.train.batch_size < 2:

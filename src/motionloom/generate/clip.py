@@ -101,6 +101,7 @@ def _few_steps(recipe: Recipe, steps: int | None, guidance: float | None, solver
         guidance=Guidance(1.0 if guidance is None else guidance),
         sigmas=() if steps else distil.levels,
         context=distil.context_noise,
+        write_through=distil.write_through,
     )
 
 

@@ -29,7 +29,7 @@ from motionloom.config.recipe import Recipe
 from motionloom.data.batch import Batch
 from motionloom.errors import UserError
 from motionloom.flow import WEIGHTINGS, TimeSampling
-from motionloom.generate import Model, Sampling, Task, rollout
+from motionloom.generate import Model, Task, recipe_sampling, rollout
 from motionloom.generate.task import Tokens
 from motionloom.generate.windows import head_alone, last_window, longer_sample
 from motionloom.methods.distil import losses
@@ -92,9 +92,7 @@ class Matching:
         # Unguided: it knows the student's clips alone.
         self._critic = Teacher(replace(model, predictor=predictor))
         self._trunk = predictor.backbone
-        self._sampling = Sampling(
-            solver="consistency", sigmas=d.levels, path=recipe.flow_matching.path, context=d.context_noise
-        )
+        self._sampling = recipe_sampling(recipe)
         low, high = d.score_range
         self._scores = TimeSampling("uniform", shift=d.score_shift, min=low, max=high, limits="clamp")
         self._schedule = teacher.model.predictor.schedule
