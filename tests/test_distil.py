@@ -822,9 +822,30 @@ def test_a_switched_roll_out_is_judged_under_the_words_of_its_end() -> None:
             assert torch.equal(one.streams["text"], text.roll(1, 0) if before else text)
         assert all(torch.equal(one.streams["text"], text) for one in ear.heard)
     assert lengths == {5, 6}
-    never = student_of("joint", LONG, distil={"longest": 4, "switch": 1.0})
-    with pytest.raises(UserError, match="longest 4 leaves no chunk"):
+    # Whose captions are one: nothing to change to.
+    alike = clips(model, captions=("a red star", "a red star"))
+    own.heard.clear()
+    method.losses(alike, at("student"))
+    assert all(torch.equal(one.streams["text"][0], text[0]) for one in own.heard)
+
+
+@pytest.mark.parametrize("longest", [1, 4])
+def test_a_length_that_adds_no_chunk_is_refused_at_once(longest: int) -> None:
+    never = student_of("joint", LONG, distil={"longest": longest})
+    with pytest.raises(UserError, match=f"longest {longest} holds no chunk of 1 besides the 4 latent frames"):
         taught(never).losses(clips(never), at("student"))
+
+
+def test_a_clip_that_ends_in_a_short_chunk_grows_by_whole_ones() -> None:
+    plan = {"type": "chunks", "frames": 3}
+    model, own = listening(student_of("joint", plan, distil={"longest": 7, "num_steps": 2, "switch": 1.0}))
+    taught(model).losses(clips(model), at("student"))
+    frames = [int(one.cell_BN3[0, 0, 0]) for one in own.heard]
+    assert (min(frames), 1 + max(int(one.cell_BN3[..., 0].max()) for one in own.heard)) == (0, 7)
+    first = next(one for one in own.heard if one.cell_BN3[0, 0, 0] == 0).streams["text"]
+    last = own.heard[-1].streams["text"]
+    assert torch.equal(first, last.roll(1, 0))
+    assert not torch.equal(first, last)
 
 
 # --- ODE regression -----------------------------------------------------------------------------------------

@@ -142,6 +142,13 @@ def test_a_teacher_that_means_something_else_is_refused(what: str, school: Schoo
     line_of(error)
 
 
+def test_a_judge_of_blocks_that_are_not_there_is_refused(school: School) -> None:
+    recipe = school.student(distil={"loss": "gan", "gan_blocks": (99,)})
+    with pytest.raises(UserError, match=r"distil\.gan_blocks \[99\]: the critic has blocks 0 to") as error:
+        assemble(recipe, school.cache, Ranks())
+    line_of(error)
+
+
 def test_a_teacher_of_another_tokenizer_is_refused(school: School, tmp_path: Path) -> None:
     world = make_world(tmp_path / "clips", 4, height=16, width=24)
     other = toy_model(tokenizer={"whiten": 0.5}).tokenizer

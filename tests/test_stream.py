@@ -504,6 +504,63 @@ def test_what_was_shown_comes_back_when_it_is_encoded_again(kind):
     torch.testing.assert_close(*latents, rtol=0, atol=0.05)
 
 
+def test_a_push_that_fails_takes_nothing_with_it():
+    """Frames that were decided before it still come."""
+    model, _, heard = spied(of_vae("wan2.1"))
+    stream = Stream(model, Ask(PROMPT), STUDENT)
+    first = stream.next().video_PHW3
+    frames = frames_of(stream, 8)
+    heard.faults.append(not_numbers)
+    with pytest.raises(FloatingPointError):
+        stream.push(frames, 0.5)
+    heard.faults.clear()
+    again = torch.cat([first, stream.push(frames, 0.5).video_PHW3])
+    whole = Stream(of_vae("wan2.1"), Ask(PROMPT), STUDENT)
+    assert torch.equal(again, torch.cat([whole.next().video_PHW3, whole.push(frames, 0.5).video_PHW3]))
+
+
+@pytest.mark.parametrize("name", ["wan2.1", "ltx2"])
+def test_at_its_end_a_film_is_whole_and_may_go_on(name):
+    """A decoder that looks ahead gives the rest; what comes after is what would have come."""
+    model, spy, _ = spied(of_vae(name))
+    stream, pieces = Stream(model, Ask(PROMPT), STUDENT), []
+    for _ in range(2):
+        chunks = stream.chunk + 2
+        while stream.chunk < chunks:
+            pieces.append(stream.next().video_PHW3)
+        pieces.append(stream.finish().video_PHW3)
+        made = model.tokenizer.spec.pixel_frames(sum(len(x[0]) for x in spy.shown[0]))
+        if len(spy.shown) == 1:
+            assert torch.equal(torch.cat(pieces), model.tokenizer.decode(spy.latents)[0])
+            assert sum(map(len, pieces)) == made
+    assert sum(map(len, pieces)) == round(stream.seconds * stream.fps)
+
+
+@pytest.mark.parametrize("kind", ["joint", "sound"])
+def test_words_under_which_the_past_is_no_number_are_not_taken(kind):
+    class Mad:
+        """Nothing that it says is a number, once it has gone mad."""
+
+        gone = False
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(toy(kind).text_encoder, name)
+
+        def encode(self, captions: Any) -> tuple[Tensor, Tensor]:
+            x_BLC, valid_BL = toy(kind).text_encoder.encode(captions)
+            return x_BLC * (torch.nan if self.gone else 1), valid_BL
+
+    mad = Mad()
+    stream = Stream(replace(toy(kind), text_encoder=mad), Ask(PROMPT), STUDENT)
+    same = Stream(toy(kind), Ask(PROMPT), STUDENT)
+    before = film(stream, 2)
+    mad.gone = True
+    with pytest.raises(FloatingPointError, match="the old ones stay"):
+        stream.say(OTHER, recache=True)
+    assert stream.prompt == PROMPT
+    assert torch.equal(torch.cat([before, film(stream, 1)]), film(same, 3))
+
+
 def test_a_push_gives_its_chunk_whole_and_refuses_what_does_not_fit():
     model, spy, _ = spied(of_vae("wan2.1"))
     stream = Stream(model, Ask(PROMPT), STUDENT)

@@ -388,6 +388,14 @@ MISTAKES = [
     (("--prompt", "a", "--serve", "--video", "there.mp4"), "without --serve"),
     (("--prompt", "a", "--serve", "--token", ""), "--token is empty"),
     (("--prompt", "a", "--serve", "--host", "nowhere at all"), "no such address"),
+    (("--prompt", "a", "--serve", "--seconds", "3"), "--seconds is the length of a file"),
+    (("--prompt", "a", "--out", "a.mp4", "--port", "99"), "--port is of the page: say --serve"),
+    (("--prompt", "a", "--out", "a.mp4", "--origin", "http://a"), "--origin is of the page"),
+    (("--prompt", "a", "--out", "a.mp4", "--strength", "0.5"), "--strength is of a film that is redrawn"),
+    (("--prompt", "a", "--out", "a.mp4", "--seconds", "inf"), "--seconds inf: say a number"),
+    (("--prompt", "a", "--out", "a.mp4", "--fps", "1e-9"), "fps 1e-09: must be from 0.1 to 1000"),
+    (("--prompt", "a", "--out", "a.mp4", "--size", "1000000"), "must be from 1 to 8192 pixels"),
+    (("--prompt", "\udcff", "--out", "a.mp4"), "the prompt holds characters that are none"),
 ]
 
 

@@ -59,6 +59,10 @@ class ToyFilm:
         frames = torch.stack([self._frame(self.chunk * CHUNK + n) for n in range(CHUNK)])
         return self._made(frames)
 
+    def finish(self) -> ToyPiece:
+        nothing = torch.zeros(0, self.height, self.width, 3, dtype=torch.uint8)
+        return ToyPiece(self.chunk - 1, nothing, None, self.prompt)
+
     def push(self, video_PHW3: Tensor, strength: float) -> ToyPiece:
         assert video_PHW3.shape == (CHUNK, self.height, self.width, 3)
         self.strengths.append(strength)

@@ -7,6 +7,7 @@ wrong and nothing was made; 130 interrupted.
 from __future__ import annotations
 
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -137,6 +138,12 @@ def duration(seconds: float) -> str:
     if seconds < 99.5:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"
+
+
+def finite(name: str, value: float | None) -> None:
+    """Raises UserError for infinity and for what is no number."""
+    if value is not None and not math.isfinite(value):
+        raise UserError(f"{name} {value}: say a number of seconds, or leave it out")
 
 
 def new_folder(path: Path) -> Path:

@@ -12,7 +12,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from motionloom.cli.console import Out, new_folder, skipped
+from motionloom.cli.console import Out, finite, new_folder, skipped
 from motionloom.cli.judge import JUDGED, PAGE, show, tables
 from motionloom.errors import UserError
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from motionloom.evals.encoders import Encoder
     from motionloom.evals.figures import Report
     from motionloom.evals.latency import Film
-    from motionloom.evals.likeness import Pair
+    from motionloom.evals.likeness import Pair, Size
     from motionloom.evals.switch import Switched
     from motionloom.evals.vbench import Eyes
     from motionloom.generate import Model, Sampling, Stream
@@ -86,6 +86,7 @@ def run(target: Path, wish: Wish, as_json: bool) -> None:
     console = Out(as_json)
     if (wish.out / JUDGED).exists():
         raise UserError(f"{wish.out}: holds judged roll-outs already; name another folder, or delete it")
+    _check(wish)
     if (target / "clips.json").is_file():
         found, look, eyes = _of_clips(target, wish)
         reports: list[Report] = []
@@ -99,6 +100,18 @@ def run(target: Path, wish: Wish, as_json: bool) -> None:
 
 
 # What is asked
+
+
+def _check(wish: Wish) -> None:
+    """What can be known to be wrong before a model is read."""
+    finite("--seconds", wish.seconds)
+    finite("--switch", wish.switch)
+    if wish.recache and wish.switch is None:
+        raise UserError("--recache says how --switch goes over: say --switch as well, or leave it out")
+    if wish.teacher is None and (wish.teacher_steps, wish.teacher_guidance) != (None, None):
+        raise UserError(
+            "--teacher-steps and --teacher-guidance are of --teacher: name one, or leave them out"
+        )
 
 
 def read_seeds(text: str) -> list[int]:
@@ -214,13 +227,20 @@ def _of_run(target: Path, wish: Wish, console: Out) -> tuple[Found, Look, Eyes, 
 
 def open_stream(model: Model, prompt: str, seed: int, wish: Wish) -> Stream:
     """The stream of one roll-out."""
-    from motionloom.config.request import parse_request
     from motionloom.generate import Ask, Stream
+
+    size = _size(wish, prompt)
+    ask = Ask(prompt, wish.negative, size.height, size.width, size.fps, seed, history=0)
+    return Stream(model, ask, _sampling(model, wish))
+
+
+def _size(wish: Wish, prompt: str) -> Size:
+    from motionloom.config.request import parse_request
+    from motionloom.evals.likeness import Size
 
     size = {"size": wish.size} if wish.size else {}
     height, width = parse_request({"prompt": prompt, **size}).size or (None, None)
-    ask = Ask(prompt, wish.negative, height, width, wish.fps, seed, history=0)
-    return Stream(model, ask, _sampling(model, wish))
+    return Size(height=height, width=width, fps=wish.fps, negative=wish.negative)
 
 
 def _sampling(model: Model, wish: Wish) -> Sampling:
@@ -304,7 +324,7 @@ def _likeness(
     sampling = recipe_sampling(teacher.recipe, steps=wish.teacher_steps, guidance=wish.teacher_guidance)
     makers = Maker(model, _sampling(model, wish)), Maker(teacher, sampling)
     with console.progress("batches by student and teacher") as advance:
-        pairs: list[Pair] = make_pairs(*makers, prompts, seeds, tell=advance)
+        pairs: list[Pair] = make_pairs(*makers, prompts, seeds, _size(wish, prompts[0]), tell=advance)
     return judge_likeness(pairs, look)
 
 

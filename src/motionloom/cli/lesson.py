@@ -62,7 +62,10 @@ def make_lesson(recipe: Recipe, student: Model, ranks: Ranks, compile: bool) -> 
     judge, start = None, other or model
     if d.loss == "gan":
         compile = False  # the judge looks into blocks
-        judge = Judge(_width(start), len(start.predictor.backbone.blocks()), d.gan_blocks)
+        depth = len(start.predictor.backbone.blocks())
+        if beyond := [block for block in d.gan_blocks if block >= depth]:
+            raise UserError(f"distil.gan_blocks {beyond}: the critic has blocks 0 to {depth - 1}")
+        judge = Judge(_width(start), depth, d.gan_blocks)
         judge.init_weights(torch_generator(recipe.seed, "judge"))
         parallelize({"judge": judge}, ranks, "ddp")
     if d.critic == "lora":

@@ -378,19 +378,26 @@ def stream(
     ] = "mp4",
     seconds: Annotated[float | None, typer.Option(min=0.01, help="Its length; else until Ctrl-C.")] = None,
     serve: Annotated[bool, typer.Option("--serve", help="A page that plays it, to be steered.")] = False,
-    host: Annotated[str, typer.Option(help="Of the page; beyond loopback with a token.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Of the page; 0: any.")] = 7861,
+    host: Annotated[
+        str | None, typer.Option(help="Of the page, else 127.0.0.1; beyond loopback with a token.")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Of the page, else 7861; 0: any.")
+    ] = None,
     token: Annotated[str | None, typer.Option(help="That viewers must bring; else made if needed.")] = None,
     origin: Annotated[
         Files, typer.Option(metavar="URL", help="A page from elsewhere that may connect; a proxy's address.")
     ] = None,
-    lead: Annotated[float, typer.Option(min=0, help="Seconds made before they are seen, on a page.")] = 1.5,
+    lead: Annotated[
+        float | None, typer.Option(min=0, help="Seconds made before they are seen on the page, else 1.5.")
+    ] = None,
     negative: Annotated[str, typer.Option(help="What guidance pushes away from.")] = "",
     image: Annotated[Path | None, typer.Option(metavar="FILE", help="The first frame.")] = None,
     video: Annotated[Path | None, typer.Option(metavar="FILE", help="A film to redraw.")] = None,
     strength: Annotated[
-        float, typer.Option(min=0.01, max=1, help="How much of --video is drawn anew; 1: all.")
-    ] = 0.6,
+        float | None,
+        typer.Option(min=0.01, max=1, help="How much of --video is drawn anew, else 0.6; 1: all."),
+    ] = None,
     size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH or one side, in pixels.")] = None,
     fps: Annotated[float | None, typer.Option(help="Frames per second, if not the model's.")] = None,
     seed: Seed = 0,

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from motionloom.cli.console import Out
+from motionloom.cli.console import Out, finite
 from motionloom.errors import UserError
 
 if TYPE_CHECKING:
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 FORMATS = ("mp4", "rgb24")
 PIPE = "-"
+HOST, PORT = "127.0.0.1", 7861
+LEAD = 1.5  # seconds
+STRENGTH = 0.6
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Wish:
     seconds: float | None = None
     image: Path | None = None
     video: Path | None = None
-    strength: float = 0.6
+    strength: float | None = None
     size: str | None = None
     fps: float | None = None
     seed: int = 0
@@ -50,11 +53,11 @@ class Wish:
     window: int | None = None
     sinks: int | None = None
     serve: bool = False
-    host: str = "127.0.0.1"
-    port: int = 7861
+    host: str | None = None
+    port: int | None = None
     token: str | None = None
     origins: tuple[str, ...] = ()
-    lead: float = 1.5
+    lead: float | None = None
     raw: bool = False
     loras: tuple[str, ...] = ()
     device: str = "auto"
@@ -84,6 +87,15 @@ def _check(wish: Wish) -> None:
         raise UserError("--out - writes a film to stdout: pipe it, for instance into ffplay -i -")
     if wish.video is not None and (wish.serve or wish.image is not None):
         raise UserError("--video is redrawn into a file or a pipe, without --serve and --image")
+    page = {"--host": wish.host, "--port": wish.port, "--token": wish.token, "--lead": wish.lead}
+    for name, said in {**page, "--origin": wish.origins or None}.items():
+        if said is not None and not wish.serve:
+            raise UserError(f"{name} is of the page: say --serve as well, or leave it out")
+    if wish.serve and wish.seconds is not None:
+        raise UserError("--seconds is the length of a file: a page plays until it is closed; leave it out")
+    if wish.strength is not None and wish.video is None:
+        raise UserError("--strength is of a film that is redrawn: say --video as well, or leave it out")
+    finite("--seconds", wish.seconds)
     if wish.token is not None and not wish.token:
         raise UserError("--token is empty: leave it out, and one is made where one is needed")
 
@@ -138,8 +150,8 @@ def _record(checkpoint: Path, wish: Wish, console: Out) -> None:
     film = Stream(model, replace(ask, history=0), sampling)  # nobody goes back
     if wish.image is not None:
         film.show(_read(wish.image, film))
-    reel, close = _reel(wish, film, console)
     lines = _Lines(console, film, length, wish.out == PIPE)
+    reel, close = _reel(wish, film, console)
     stopped: FloatingPointError | None = None
     summary: Summary | None = None
     with listening() as stop, lines.shown():
@@ -172,7 +184,7 @@ def _make(film: Stream, wish: Wish) -> Make:
 
     if wish.video is None:
         return lambda film: film.next()
-    return pieces_of(film.push, _source(wish.video, film), wish.strength)
+    return pieces_of(film.push, _source(wish.video, film), wish.strength or STRENGTH)
 
 
 def _length(video: Path, seconds: float | None) -> float:
@@ -306,7 +318,8 @@ def _serve(checkpoint: Path, wish: Wish, console: Out) -> None:
     from motionloom.generate.stream import Stream
     from motionloom.studio.stream import Hub, Session, Spool
 
-    listener = listen(wish.host, wish.port)
+    host, lead = wish.host or HOST, LEAD if wish.lead is None else wish.lead
+    listener = listen(host, PORT if wish.port is None else wish.port)
     with listener:
         model, ask, sampling = _open(checkpoint, wish, console)
         check = Stream(model, ask, sampling)  # here a wrong size is told at once
@@ -320,10 +333,10 @@ def _serve(checkpoint: Path, wish: Wish, console: Out) -> None:
             return film
 
         token = wish.token
-        if token is None and not is_loopback(wish.host):
+        if token is None and not is_loopback(host):
             token = secrets.token_urlsafe(24)
-        session = Session(begin, Hub(), Spool(), prompt=wish.prompt, lead=wish.lead, log=console.note)
-        page = _page(wish.host, listener.getsockname()[1], token)
+        session = Session(begin, Hub(), Spool(), prompt=wish.prompt, lead=lead, log=console.note)
+        page = _page(host, listener.getsockname()[1], token)
 
         def ready(end: Callable[[], None]) -> None:
             console.result({"page": page, "token": token}, [page])

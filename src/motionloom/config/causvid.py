@@ -235,6 +235,8 @@ def _networks(file: _File) -> None:
         f"--local-dir {student.folder}`, or name your own"
     )
     if start := given.get("generator_ckpt"):
+        if not isinstance(start, str):
+            raise file.refuse("generator_ckpt", "expected a path")
         values["model.name_or_path"] = str(start)
     if str(start).endswith((".pt", ".pth", ".ckpt", ".bin")):
         file.notes.append(
@@ -253,7 +255,9 @@ def _networks(file: _File) -> None:
 def _shape(file: _File) -> None:
     """``image_or_video_shape``: batch, latent frames, channels, rows, columns."""
     shape = file.given.get("image_or_video_shape")
-    whole = isinstance(shape, list) and len(shape) == 5 and all(_is_number(n) and n >= 1 for n in shape)
+    whole = (
+        isinstance(shape, list) and len(shape) == 5 and all(_is_number(n) and n == int(n) >= 1 for n in shape)
+    )
     if not isinstance(shape, list) or not whole or shape[2] != file.values["tokenizer.latent_d"]:
         raise file.refuse("image_or_video_shape", "expected [batch, latent frames, 16, rows, columns]")
     _, frames, _, rows, columns = map(int, shape)
@@ -266,9 +270,10 @@ def _shape(file: _File) -> None:
     if file.values["train.method"] != "matching":
         return
     longest = file.whole("num_training_frames", frames, 1)
-    if longest > frames:
+    chunk = file.whole("num_frame_per_block", 1, 1)
+    if longest >= frames + chunk:
         file.values["distil.longest"] = longest
-    elif longest < frames:
+    elif longest != frames:
         file.miss("num_training_frames", f"every roll-out has the {frames} latent frames of the clip")
 
 
@@ -392,6 +397,7 @@ def _grid_points(file: _File, shift: float, warped: bool) -> Iterator[int]:
         file.notes.append(f"{key}: its final 0 is left out, it is where the levels lead")
     if not kept or any(a <= b for a, b in pairwise(kept)) or kept[-1] == 0:
         raise file.refuse(key, "expected levels that fall")
+    last = None
     for i, t in enumerate(kept):
         if warped and t != int(t):
             raise file.refuse(key, "expected whole numbers, which warp_denoising_step takes as places")
@@ -405,6 +411,9 @@ def _grid_points(file: _File, shift: float, warped: bool) -> Iterator[int]:
                 raise file.refuse(key, f"expected {_GRID} first, since a clip begins as noise alone")
             file.notes.append(f"{key}: {t:g} becomes {_GRID}, since a clip begins as noise alone")
             u = _GRID
+        if u == last:
+            raise file.refuse(key, f"expected levels that differ on the scheduler's {_GRID}: two are {u}")
+        last = u
         off = _warp(u / _GRID, shift) - t / _GRID
         if not warped and abs(off) > 1e-9 and u != _GRID:
             file.notes.append(

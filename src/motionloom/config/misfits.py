@@ -108,6 +108,8 @@ def _student_misfits(r: Recipe) -> Iterator[str]:
             "plan.conditions of strength 1"
         )
     rolls = method == "matching" and d.source == "rollout"
+    if method != "matching" and d.loss != "dmd":
+        yield f"distil.loss {d.loss} is for train.method matching, not {method}: leave it out"
     if d.longest is not None and not (rolls and r.plan.type == "chunks"):
         yield (
             "distil.longest is for roll-outs of chunks (train.method matching, distil.source rollout, "

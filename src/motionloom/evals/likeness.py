@@ -94,6 +94,8 @@ class Size:
     height: int | None = None
     width: int | None = None
     fps: float | None = None
+    negative: str = ""
+    """What guidance pushes both away from."""
 
 
 def make_pairs(
@@ -126,6 +128,7 @@ def make_pairs(
             height=size.height,
             width=size.width,
             fps=size.fps,
+            negative=size.negative,
             seed=seed,
         )
         coming = [
@@ -142,7 +145,13 @@ def make_pairs(
 
 def _filled(size: Size, model: Model) -> Size:
     frames, height, width = model.clip_shape
-    return Size(size.frames or frames, size.height or height, size.width or width, size.fps or model.fps)
+    return Size(
+        size.frames or frames,
+        size.height or height,
+        size.width or width,
+        size.fps or model.fps,
+        size.negative,
+    )
 
 
 def _take(

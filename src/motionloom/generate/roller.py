@@ -122,6 +122,10 @@ class Roller:
         held = (cache.tensors() for cache in self.caches.values())
         return nbytes(chain(*held, *(entry.tensors() for entry in shared.values())))
 
+    def finite(self) -> bool:
+        """Whether all that is remembered are numbers."""
+        return all(bool(torch.isfinite(t).all()) for cache in self.caches.values() for t in cache.tensors())
+
     def snapshot(self) -> dict[str, Snapshot]:
         """The state now; cheap."""
         return {name: cache.snapshot() for name, cache in self.caches.items()}

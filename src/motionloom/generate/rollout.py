@@ -51,14 +51,17 @@ def rollout(
         graph_from: training. The first stage whose estimate has one.
 
     Raises:
-        UserError: a hint (strength below 1) with a path or a solver that knows none; words that change where
-            all is computed under the plan's mask.
+        UserError: a hint (strength below 1) with a path or a solver that knows none; words that change at
+            stages that are not there, or where all is computed under the plan's mask.
     """
     _check_hints(task.given, sampling, predictor)
     stages = plan.stages(task.sample)
     streamed = len(stages) > 1 and not any(task.given.references.values()) and can_stream(predictor, plan)
-    if task.later and not streamed:
-        raise UserError("words that change on the way are for models that make chunks from a cache")
+    if task.later and not (streamed and all(0 < n < len(stages) for n in task.later)):
+        raise UserError(
+            f"words that change at stages {sorted(task.later)} want a model that makes chunks from a cache, "
+            f"without references, and a clip of more of them than its {len(stages)}"
+        )
     make = _from_caches if streamed else _under_mask
     watches = [
         _watching(n, stage, len(stages), sampling.walk_steps, progress, watch)

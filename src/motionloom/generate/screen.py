@@ -31,9 +31,9 @@ class Decoder:
     """One ``stream_decode`` that can be asked whether it has anything."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._fed: SimpleQueue[Tensor | None] = SimpleQueue()
-        self._given: SimpleQueue[Tensor | BaseException | None] = SimpleQueue()
-        self._waits = False
+        self._fed: SimpleQueue[Tensor | _End | None] = SimpleQueue()
+        self._given: SimpleQueue[Tensor | BaseException | _End | None] = SimpleQueue()
+        self._waits = self._ended = False
         thread = threading.Thread(
             target=_decode, args=(tokenizer, self._fed, self._given), name="decoder", daemon=True
         )
@@ -47,11 +47,14 @@ class Decoder:
         Raises:
             BaseException: whatever the tokenizer raised; the decoder is of no more use then.
         """
-        if self._waits:
+        if self._waits or self._ended:
             return None
         given = self._given.get()
         if isinstance(given, BaseException):
             raise given
+        if isinstance(given, _End):
+            self._ended = True
+            return None
         self._waits = given is None
         return given
 
@@ -61,8 +64,18 @@ class Decoder:
         self._waits = False
         self._fed.put(latents_FhwC)
 
+    def end(self) -> None:
+        """No more latents come; only where it waits. What it still holds can be taken."""
+        assert self._waits, "the decoder has not taken what it was fed last"
+        self._waits = False
+        self._fed.put(_End())
 
-def _dismiss(thread: threading.Thread, fed: SimpleQueue[Tensor | None]) -> None:
+
+class _End:
+    """Of a stream: of its latents, or of its frames."""
+
+
+def _dismiss(thread: threading.Thread, fed: SimpleQueue[Tensor | _End | None]) -> None:
     fed.put(None)
     if thread is not threading.current_thread():
         thread.join(PATIENCE)
@@ -73,20 +86,28 @@ class _Abandoned(Exception):
 
 
 def _decode(
-    tokenizer: Tokenizer, fed: SimpleQueue[Tensor | None], given: SimpleQueue[Tensor | BaseException | None]
+    tokenizer: Tokenizer,
+    fed: SimpleQueue[Tensor | _End | None],
+    given: SimpleQueue[Tensor | BaseException | _End | None],
 ) -> None:
+    over = False
+
     def latents() -> Iterator[Tensor]:
+        nonlocal over
         while True:
             given.put(None)
             chunk_FhwC = fed.get()
             if chunk_FhwC is None:
                 raise _Abandoned
+            if isinstance(chunk_FhwC, _End):
+                over = True
+                return
             yield chunk_FhwC[None]
 
     try:
         for video_BPHW3 in tokenizer.stream_decode(latents()):
             given.put(video_BPHW3[0].cpu())
-        given.put(RuntimeError("the tokenizer ended a stream whose latents go on"))
+        given.put(_End() if over else RuntimeError("the tokenizer ended a stream whose latents go on"))
     except _Abandoned:
         pass
     except BaseException as error:
@@ -138,6 +159,30 @@ class Screen:
         except Exception:
             self._decoder = None
             raise
+
+    def take_all(self, *, finish: bool = False) -> list[Tensor]:
+        """All that is decided.
+
+        Args:
+            finish: as if no latents came any more: a decoder that looks ahead gives the rest. If some do
+                come, another decoder goes on behind it.
+
+        Raises:
+            BaseException: as :meth:`take`. Asked again, it gives all of them again.
+        """
+        before, found = self.shown, []
+        try:
+            while (video_PHW3 := self.take()) is not None:
+                found.append(video_PHW3)
+            if finish and self._kept and self._decoder is not None:
+                self._decoder.end()
+                while (video_PHW3 := self.take()) is not None:
+                    found.append(video_PHW3)
+                self._decoder = None
+        except BaseException:
+            self.shown, self._decoder = before, None
+            raise
+        return found
 
     def back(self, latents: int, frame: int) -> None:
         """Forget all but the first ``latents`` of the stream, and show again from a pixel frame, if that was

@@ -42,6 +42,10 @@ from motionloom.rng import torch_generator
 
 LONGEST_PROMPT = 2_000
 """Characters."""
+LARGEST_SIDE = 8192
+"""Pixels."""
+SLOWEST, FASTEST = 0.1, 1000.0
+"""Frames per second."""
 
 
 @dataclass(frozen=True)
@@ -91,8 +95,12 @@ class Ask:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"{name} {value}: a stream takes {least} chunks or more")
-        if self.fps is not None and not self.fps > 0:
-            raise UserError(f"fps {self.fps:g} must be above 0")
+        for name in ("height", "width"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= LARGEST_SIDE:
+                raise UserError(f"{name} {value}: must be from 1 to {LARGEST_SIDE} pixels")
+        if self.fps is not None and not SLOWEST <= self.fps <= FASTEST:
+            raise UserError(f"fps {self.fps:g}: must be from {SLOWEST:g} to {FASTEST:g}")
 
 
 @dataclass(frozen=True)
@@ -209,12 +217,15 @@ class Stream:
             video_PHW3 = self._decoded()
         return self._piece(lap, [] if video_PHW3 is None else [video_PHW3])
 
+    def finish(self) -> Piece:
+        """What a decoder that looks ahead still holds, as if the film ended here. It may go on."""
+        return self._piece(self._lap(), self._all_decoded(finish=True))
+
     def _decoded(self) -> Tensor | None:
         return None if self._screen is None else self._screen.take()
 
-    def _all_decoded(self) -> Iterator[Tensor]:
-        while (video_PHW3 := self._decoded()) is not None:
-            yield video_PHW3
+    def _all_decoded(self, *, finish: bool = False) -> list[Tensor]:
+        return [] if self._screen is None else self._screen.take_all(finish=finish)
 
     def _lap(self) -> tuple[float, float, float]:
         return time.perf_counter(), self._watch.seconds, self._making
@@ -300,7 +311,8 @@ class Stream:
                 past still speaks of the old words, and the change is softer.
 
         Raises:
-            UserError: a prompt longer than :data:`LONGEST_PROMPT`.
+            UserError: a prompt longer than :data:`LONGEST_PROMPT`, or that is no text.
+            FloatingPointError: the past could not be computed anew; the old words stay.
         """
         text = self._words(_checked(prompt))
         before = self.prompt, self._text, self._roller.snapshot()
@@ -322,6 +334,10 @@ class Stream:
                 task = _given(self._task(chunk), made)
                 self._roller.make(chunk, task)
                 self._roller.remember(task, made)
+        if not self._roller.finite():
+            raise FloatingPointError(
+                "the network gave numbers that are none for the past under these words: the old ones stay"
+            )
 
     def show(self, image_HW3: Tensor) -> None:
         """The film begins anew with a picture (uint8, the stream's size), under the words of now: chunk 0 is
@@ -356,9 +372,8 @@ class Stream:
             raise UserError("this network knows DDPM's noise levels alone and cannot redraw frames: show one")
         lap = self._lap()
         clean = self._encode(self.chunk, video_PHW3)
-        videos = [*self._all_decoded()]
         self._make(lambda chunk, task, generator: self._redraw(chunk, task, generator, clean, strength))
-        return self._piece(lap, [*videos, *self._all_decoded()])
+        return self._piece(lap, self._all_decoded())
 
     def _redraw(
         self, chunk: int, task: Task, generator: torch.Generator, clean: Tokens, strength: float
@@ -458,6 +473,10 @@ def _for_streams(sampling: Sampling, model: Model) -> Sampling:
 def _checked(prompt: str) -> str:
     if len(prompt) > LONGEST_PROMPT:
         raise UserError(f"a prompt of {len(prompt)} characters: use at most {LONGEST_PROMPT}")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise UserError("the prompt holds characters that are none: write it in UTF-8") from None
     return prompt
 
 

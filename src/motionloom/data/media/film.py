@@ -217,14 +217,19 @@ class GrowingFilm:
         self.path, self.part = path, path.with_name(f"{path.stem}.part.mp4")
         if path.exists():
             raise UserError(f"{path}: is there already; name another file, or delete it")
-        if self.part.exists():
+        if self.part.exists() and self.part.stat().st_size:
             raise UserError(
                 f"{self.part}: is there already, from a run that was killed; it plays: rename or delete it"
             )
         with one_line_on_failure(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self.part, "wb")  # noqa: SIM115 - closed by `close`
-            self._writer = FilmWriter(self._file, fps, height, width, sample_rate)
+            try:
+                self._writer = FilmWriter(self._file, fps, height, width, sample_rate)
+            except BaseException:
+                self._file.close()
+                self.part.unlink()
+                raise
         self._ended, self._whole = False, 0
 
     @property

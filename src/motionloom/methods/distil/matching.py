@@ -162,7 +162,7 @@ class Matching:
         judged_from = next(n for n, stage in enumerate(stages) if stage[main].stop > seen.first)
         task = Task(sample, longer.text, noise, given=longer.given, values=longer.values(longer.clean))
         if switched:
-            task = replace(task, text=_of_another(longer.text), later={judged_from: longer.text})
+            task = replace(task, text=_of_another(longer), later={judged_from: longer.text})
         made = rollout(
             student.predictor,
             student.plan,
@@ -193,15 +193,17 @@ class Matching:
     def _lengthened(self, asked: Asked, context: StepContext, at_least: int) -> Asked:
         """The same, of a clip that goes on for a random number of chunks."""
         frames, student, longest = asked.sample.main.grid[0], self._pupil.model, self._config.longest
-        stage = student.plan.stages(asked.sample)[-1][_main(asked.sample)]
-        step = stage.stop - stage.start
-        chunks = max(0, (longest or 0) - frames) // step
-        if chunks < at_least:
+        if longest is None:
+            return asked
+        main = _main(asked.sample)
+        step = max(stage[main].stop - stage[main].start for stage in student.plan.stages(asked.sample))
+        chunks = (longest - frames) // step
+        if chunks < 1:
             raise UserError(
-                f"distil.longest {longest} leaves no chunk before the scored end of {frames} latent frames, "
-                f"whose words distil.switch could change: set {frames + step} or more"
+                f"distil.longest {longest} holds no chunk of {step} besides the {frames} latent frames of a "
+                f"clip: set {frames + step} or more, or leave it out"
             )
-        more = step * shared_draw(context, "length", at_least, chunks + 1) if chunks else 0
+        more = step * shared_draw(context, "length", at_least, chunks + 1)
         if more == 0:
             return asked
         sample = longer_sample(student, asked.sample, frames + more)
@@ -342,10 +344,18 @@ def _main(sample: Sample) -> str:
     return "video" if "video" in sample.tracks else "audio"
 
 
-def _of_another(text: Text) -> Text:
-    """The words of each sample's neighbour."""
-    context_BL = None if text.context_BL is None else text.context_BL.roll(1, 0)
-    return Text(text.x_BLC.roll(1, 0), text.valid_BL.roll(1, 0), text.scene_BL.roll(1, 0), context_BL)
+def _of_another(asked: Asked) -> Text:
+    """The words of the next sample whose captions are others; where there is none, a sample's own."""
+    text, said = asked.text, asked.batch.captions
+    count = len(said)
+    after = [[(n + k) % count for k in range(1, count)] for n in range(count)]
+    index = [next((k for k in others if said[k] != said[n]), n) for n, others in enumerate(after)]
+
+    def of(t_BL: Tensor) -> Tensor:
+        return t_BL if len(t_BL) == 1 else t_BL[torch.tensor(index, device=t_BL.device)]
+
+    context_BL = None if text.context_BL is None else of(text.context_BL)
+    return Text(of(text.x_BLC), of(text.valid_BL), of(text.scene_BL), context_BL)
 
 
 def _longer(t_BN: Tensor, length: int) -> Tensor:

@@ -47,6 +47,9 @@ class Film(Protocol):
     def next(self) -> Piece:
         """What comes next. Raises FloatingPointError where the network answers with no numbers."""
 
+    def finish(self) -> Piece:
+        """What its decoder still holds, as if it ended here."""
+
     def say(self, prompt: str, *, recache: bool = False) -> None:
         """Another prompt, from the next chunk on."""
 

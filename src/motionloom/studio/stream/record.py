@@ -121,9 +121,9 @@ def record(
             ended = "interrupted"
             break
         piece = make(film)
+        over = piece is None
         if piece is None:
-            ended = "the source ended"
-            break
+            ended, piece = "the source ended", film.finish()
         pixels, sound = _cut(film, piece, most - frames, samples)
         now = clock()
         frames, samples = frames + len(pixels), samples + (0 if sound is None else sound.shape[1])
@@ -141,6 +141,8 @@ def record(
         length = frames / film.fps
         times = (piece.network_s, piece.decode_s, piece.whole_s)
         each(Told(piece.chunk, len(pixels), length, piece.prompt, *times, memory))
+        if over:
+            break
     speeds = figures.values()
     return Summary(
         ended=ended,

@@ -262,10 +262,10 @@ class Session:
 
     def _begin(self, prompt: str, asked: float) -> None:
         """Another film from its first frame."""
-        self._film, self._state, self._prompt, self._halted = None, "opening", prompt, False
-        self._problem = ""
+        self._state = "opening"
         take, self._take = self._take, self._take + 1
-        film = self._open_film(prompt, take)
+        film = self._open_film(prompt, take)  # one that cannot begin leaves the one that plays
+        self._prompt, self._halted, self._problem = prompt, False, ""
         self._film, self._begun, self._asked = film, math.nan, math.nan
         self._opening = self._clock() - asked
         self._epoch += 1
