@@ -35,7 +35,7 @@ quickstart: setup
 	$(BIN)/motionloom quickstart --minutes $(MINUTES) --out "$(OUT)" --seed $(SEED) $(if $(DATA),--data "$(DATA)")
 
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
