@@ -366,3 +366,14 @@ def test_films_of_one_prompt_are_drawn_together():
     together = ratio_of_means(above, np.ones(16), "test", groups=["a", "a", "b", "b"] * 4)
     assert (together.low, together.high) == (0, 1)
     assert apart.low > 0.1
+
+
+def test_one_window_is_compared_with_nothing() -> None:
+    """49 frames of a clip of 49 do not drift: nothing is said, rather than that all is kept."""
+    world = World.endless()
+    spec = world.sample(1, 0, "test")
+    curve = follow(film(render(spec).video_FHW3), Look(spec.frames, world), facts(spec))
+    report = judge_drift([curve], Look(spec.frames, world))
+    assert report.value("first window: color") == 1
+    compared = ("kept", "last window", "drift", "visual drift", "last cosine")
+    assert not any(figure.name.startswith(compared) for figure in report.figures)

@@ -573,6 +573,27 @@ def test_a_film_that_cannot_begin_is_told() -> None:
         session.close()
 
 
+def test_a_new_film_that_cannot_begin_leaves_the_one_that_plays() -> None:
+    def once(prompt: str, take: int) -> ToyFilm:
+        if take:
+            raise UserError("no room for another")
+        return ToyFilm(prompt)
+
+    session = Session(once, Hub(), Spool(), prompt="red")
+    seen = Seen(session.hub, session.hub.join(lambda: None))
+    session.start()
+    try:
+        seen.wait_for_frames(1)
+        session.obey(Restart(prompt="blue"), seen.viewer)
+        assert seen.wait_for("error")["line"] == "no room for another"
+        made = session.figures()["seconds"]
+        session.obey(Say(prompt="green"), seen.viewer)
+        assert seen.wait_for("prompt")["prompt"] == "green"
+        assert session.figures()["seconds"] >= made > 0
+    finally:
+        session.close()
+
+
 def test_commands_without_a_film_are_refused() -> None:
     with studio(None) as here:
         seen = here.watch()

@@ -35,7 +35,7 @@ from motionloom.errors import UserError
 FAILED, WRONG, INTERRUPTED = 1, 2, 130
 
 Advance = Callable[[int, int], None]
-"""(done, total)"""
+"""(done, total); of a total of 0 nobody knows the end."""
 
 
 class Rate(ProgressColumn):
@@ -102,8 +102,8 @@ class Out:
 
             def advance(what: str, done: int, total: int) -> None:
                 if what not in tasks:
-                    tasks[what] = bars.add_task(what, total=total)
-                bars.update(tasks[what], completed=done, total=total)
+                    tasks[what] = bars.add_task(what, total=total or None)
+                bars.update(tasks[what], completed=done, total=total or None)
 
             yield advance
 
@@ -121,11 +121,11 @@ class _Lines:
         if what != self._what:
             # The rate counts from the first item on: what was done before it is no part of this stage.
             self._what, self._tenth, self._first, self._began = what, -1, done, now
-        tenth = 10 * done // max(1, total)
+        tenth = 10 * done // total if total else done.bit_length()
         if tenth == self._tenth and now - self._shown < 60:
             return
         self._tenth, self._shown = tenth, now
-        line = f"{what}: {done} of {total}"
+        line = f"{what}: {done} of {total}" if total else f"{what}: {done}"
         if done > self._first:
             rate = (done - self._first) / max(now - self._began, 1e-6)
             line += f", {rate:.3g}/s"

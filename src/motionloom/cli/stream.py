@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import secrets
 import socket
 import sys
@@ -86,7 +87,8 @@ def _check(wish: Wish) -> None:
     if wish.out == PIPE and sys.stdout.isatty():
         raise UserError("--out - writes a film to stdout: pipe it, for instance into ffplay -i -")
     if wish.video is not None and (wish.serve or wish.image is not None):
-        raise UserError("--video is redrawn into a file or a pipe, without --serve and --image")
+        other = "--serve" if wish.serve else "--image"
+        raise UserError(f"--video is redrawn into a file or a pipe, without {other}: leave one of them out")
     page = {"--host": wish.host, "--port": wish.port, "--token": wish.token, "--lead": wish.lead}
     for name, said in {**page, "--origin": wish.origins or None}.items():
         if said is not None and not wish.serve:
@@ -287,16 +289,17 @@ class _Lines:
         if self._console.as_json:
             print(json.dumps(asdict(told)), file=sys.stderr, flush=True)
         elif self._advance is not None:
-            done = round(told.seconds * self._fps)
-            self._advance(done, self._total or done + 1)
+            self._advance(round(told.seconds * self._fps), self._total or 0)
 
     def end(self, facts: dict[str, Any], summary: Summary) -> None:
         """The answer; through stdout only where no film goes there."""
         value = {**facts, **summary.plain()}
+        gaps = summary.gap_p95_s
+        steady = "" if math.isnan(gaps) else f", 95 % of gaps within {gaps:.2f} s"
         line = (
             f"{facts['out']}: {summary.seconds:.1f} s, {summary.frames} frames ({summary.ended}); first "
-            f"frame after {summary.first_frame_s:.2f} s, {summary.made_per_second:.1f} frames a second, 95 % "
-            f"of gaps within {summary.gap_p95_s:.2f} s, {summary.memory_bytes / 1e6:.1f} MB of cache"
+            f"frame after {summary.first_frame_s:.2f} s, {summary.made_per_second:.1f} frames a second"
+            f"{steady}, {summary.memory_bytes / 1e6:.1f} MB of cache"
         )
         if not self._piped:
             self._console.result(value, [line])

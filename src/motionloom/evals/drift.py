@@ -183,10 +183,11 @@ def visual_drift(curve: Curve) -> float:
 
 
 def _row(curve: Curve) -> dict[str, float | None]:
-    """The numbers of one film."""
-    row: dict[str, float | None] = {"visual drift": visual_drift(curve)}
+    """The numbers of one film; what compares two windows is None where there is one."""
+    several = len(curve.seconds_W) > 1
+    row: dict[str, float | None] = {"visual drift": visual_drift(curve) if several else None}
     if COSINE in curve.values:
-        row["last " + COSINE] = curve.values[COSINE][-1]
+        row["last " + COSINE] = curve.values[COSINE][-1] if several else None
     seams = [ratio for ratio in curve.values["seam ratio"] if ratio is not None]
     row["seam ratio"] = float(np.mean(seams)) if seams else None
     for name in ATTRIBUTES:
@@ -196,8 +197,8 @@ def _row(curve: Curve) -> dict[str, float | None]:
             assert last is not None, "the oracle answers for every window"
             row |= {
                 f"first window: {name}": first,
-                f"last window: {name}": last,
-                f"drift: {name}": first - last,
+                f"last window: {name}": last if several else None,
+                f"drift: {name}": first - last if several else None,
             }
     stats = [name for name in curve.values if name not in (*ATTRIBUTES, COSINE)]
     return row | {f"{name}, slope": slope(curve.seconds_W, curve.values[name]) for name in stats}
@@ -224,8 +225,8 @@ def judge_drift(curves: Sequence[Curve], look: Look) -> Report:
 
 
 def _kept(name: str, rows: Sequence[Mapping[str, float | None]], groups: Sequence[Hashable]) -> Figure | None:
-    """Of one attribute; None where it was not read, or no first window shows it."""
-    if not all(f"first window: {name}" in row for row in rows):
+    """Of one attribute; None where it was not read, a film has one window, or no first one shows it."""
+    if any(row.get(f"last window: {name}") is None for row in rows):
         return None
     first_N, last_N = (np.array([row[f"{end} window: {name}"] for row in rows], float) for end in ENDS)
     interval = ratio_of_means(last_N, first_N, PROTOCOL, f"kept: {name}", groups=groups)

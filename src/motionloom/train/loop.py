@@ -186,6 +186,8 @@ class Trainer:
         if save or log or measure or sample:
             self._stepper.guard.look()
             values = self._figures() if log else {}
+            if measure and end is not None:
+                self._reporter.note("measuring the held-out loss before the end")
             with self._clock.pause(), self._measuring():
                 self._do_what_is_due(values, measure=measure, sample=sample, save=save)
         limit = None if c.max_minutes is None else c.max_minutes * 60
