@@ -157,6 +157,8 @@ class Stream:
         """The next chunk's number."""
         self._picture = picture
         self._roller = self._new_roller()
+        self._owed: tuple[Task, Tokens] | None = None
+        """The last chunk, where it is not remembered yet."""
         self._kept: dict[int, Tokens] = {}
         """Clean tokens of the chunks that the caches hold."""
         self._borders: OrderedDict[int, _Border] = OrderedDict()
@@ -249,14 +251,14 @@ class Stream:
 
     @torch.no_grad()
     def _make(self, walk: _Walk | None = None) -> None:
-        """The next chunk, and remember it."""
-        begin, chunk, border = time.perf_counter(), self.chunk, self._border()
-        task = self._task(chunk)
+        """The next chunk."""
+        begin, chunk = time.perf_counter(), self.chunk
+        self._settle()
+        border, task = self._border(), self._task(chunk)
         generator = torch_generator(self._ask.seed, "stream", chunk, device=self._model.device)
         try:
             with self._model.autocast():
                 made = (walk or self._roller.make)(chunk, task, generator)
-                self._roller.remember(task, made)
             # Asked last: until here nothing waits for the device.
             _require_finite(made, chunk)
             self._making += time.perf_counter() - begin
@@ -266,6 +268,15 @@ class Stream:
             self._roller.restore(border.caches)
             raise
         self._take_in(border, made)
+        self._owed = task, made
+
+    @torch.no_grad()
+    def _settle(self) -> None:
+        """Remember the last chunk. Put off until its frames are out: they need not wait for that pass."""
+        if self._owed is not None:
+            with self._model.autocast():
+                self._roller.remember(*self._owed)
+            self._owed = None
 
     def _take_in(self, border: _Border, made: Tokens) -> None:
         """What was made is the past now."""
@@ -315,6 +326,7 @@ class Stream:
             FloatingPointError: the past could not be computed anew; the old words stay.
         """
         text = self._words(_checked(prompt))
+        self._settle()
         before = self.prompt, self._text, self._roller.snapshot()
         self.prompt, self._text = prompt, text
         try:
@@ -405,6 +417,7 @@ class Stream:
 
     def _return(self, border: _Border) -> None:
         self._roller.restore(border.caches)
+        self._owed = None
         if border.prompt != self.prompt:
             self._roller.forget_words()
         self.chunk, self._kept = border.chunk, dict(border.kept)
