@@ -44,6 +44,15 @@ CONSISTENT = "consistency_compares_two_points_of_the_teachers_way[True]"
 STATES = "each_chunk_takes_the_state_of_its_level"
 
 MUTATIONS: tuple[Mutation, ...] = (
+    _distil("switched under its own words", "matching", "text=_of_another(longer)", "text=longer.text",
+            MATHS + "a_switched_roll_out_is_judged_under_the_words_of_its_end"),
+    Mutation("words are not forgotten", "motionloom.generate.rollout",
+             "            roller.forget_words()\n            task = replace(task, text=task.later[n])",
+             "            roller.forget_words()",
+             MATHS + "words_change_at_the_stage_that_says_so_and_the_past_stays"),
+    Mutation("the last chunk is not remembered", "motionloom.generate.stream",
+             "        self._settle()\n        border", "        self._owed = None\n        border",
+             "tests/test_stream.py::test_the_first_chunks_are_the_rollout_of_the_same_noise[joint]"),
     _distil("wrong sign", "losses", "pull = fake - real", "pull = real - fake",
             MATHS + "dmd_pulls_by_the_closed_form"),
     _distil("wrong sign, seen from afar", "losses", "pull = fake - real", "pull = real - fake",
