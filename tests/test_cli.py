@@ -353,7 +353,7 @@ def test_judge_stream_compares_with_a_teacher_and_asks_the_oracle(workshop: dict
     reports = {report["kind"]: report for report in answer.value["reports"]}
     assert set(reports) == {"drift", "latency", "likeness"}
     assert len(reports["likeness"]["clips"]) == 4
-    assert "last window: all" in {figure["name"] for figure in reports["drift"]["figures"]}
+    assert "first window: all" in {figure["name"] for figure in reports["drift"]["figures"]}
     assert "adherence gap" in {figure["name"] for figure in reports["likeness"]["figures"]}
     assert {clip["clip"] for clip in reports["drift"]["clips"]} == {"000", "001", "002", "003"}
 
