@@ -9,7 +9,7 @@ Cases (--cases):
   redraw   a real clip, pushed in chunk by chunk with its caption in another colour, at each of --strengths.
   still    the same with its own caption: what redrawing costs.
 
-Prompts that change: ``motionloom judge stream RUN --world endless --switch 2``.
+Prompts that change: ``motionloom judge stream RUN --world endless --switch 3``.
 
 A figure is the share of films in which the oracle reads an attribute as the prompt (image: the clip) has it;
 ``all``: colour, shape and motion at once. Prompts, clips and noise follow from --seed.
@@ -108,6 +108,8 @@ def cases(names: list[str], strengths: list[float]) -> Iterator[tuple[str, Calla
         "neutral": lambda *a: image(*a, neutral=True),
     }
     for name in names:
+        if name not in (*simple, "redraw", "still"):
+            raise SystemExit(f"--cases {name}: choose image, neutral, redraw, still")
         if name in simple:
             yield name, simple[name]
         else:
