@@ -33,7 +33,7 @@ from torch import Tensor
 from motionloom.cli.assemble import load_model
 from motionloom.data.shapeworld import ClipSpec, World, adherence, oracle, prompt, render_video
 from motionloom.data.shapeworld.beside import swapped
-from motionloom.generate import Ask, Model, Stream
+from motionloom.generate import Ask, Model, Piece, Stream
 
 JUDGED = ("color", "shape", "motion", "background")
 
@@ -71,10 +71,14 @@ def chunks_for(film: Stream, frames: int) -> Tensor:
     """As many chunks as hold so many frames."""
     parts: list[Tensor] = []
     while sum(map(len, parts)) < frames:
-        piece = film.next().video_PHW3
-        assert piece is not None, "a model of sound alone"
-        parts.append(piece)
+        parts.append(seen(film.next()))
     return torch.cat(parts)
+
+
+def seen(piece: Piece) -> Tensor:
+    """A piece's frames."""
+    assert piece.video_PHW3 is not None, "a model of sound alone"
+    return piece.video_PHW3
 
 
 def image(stage: Stage, seed: int, n: int, *, neutral: bool = False) -> dict[str, bool]:
@@ -96,8 +100,8 @@ def redraw(stage: Stage, seed: int, n: int, *, strength: float, recolour: bool =
     film, pushed, parts = stage.film(prompt(wanted), n), torch.from_numpy(render_video(spec).copy()), []
     while len(pushed) >= film.frames_wanted:
         now, pushed = pushed[: film.frames_wanted], pushed[film.frames_wanted :]
-        piece = film.push(now, strength).video_PHW3
-        parts.append(piece if piece is not None else now[:0])
+        parts.append(seen(film.push(now, strength)))
+    parts.append(seen(film.finish()))
     return stage.read(torch.cat(parts), wanted)
 
 
