@@ -187,7 +187,7 @@ def test_weights_come_from_the_generator_and_no_global_one_is_touched(kind):
         assert torch.equal(value, first[name]), name
     second.init_weights(torch_generator("another run"))
     changes = {n for n, v in second.state_dict().items() if not torch.equal(v, first[n])}
-    assert {"entry.video.weight", "noise.embed.weight", "layers.1.out.weight"} & changes
+    assert {"entry.video.weight", "entry.proj.weight"} & changes
     assert "exit.out.weight" not in changes
 
 
@@ -361,9 +361,15 @@ def test_the_order_of_frames_matters(kind):
 
 
 def moved(kind: str, *by: float) -> Tensor:
-    """The prediction for a clip that begins elsewhere: ``by`` (seconds, pixels down, pixels right)."""
+    """The prediction for a clip that begins elsewhere: ``by`` (seconds, pixels down, pixels right). Some
+    backbones read its cells in the picture, of 8 pixels."""
     layout, streams = sample().streams(TextToVideo())
-    video = replace(streams["video"], position_BN3=streams["video"].position_BN3 + torch.tensor(by))
+    cells = torch.tensor([0, int(by[1] / 8), int(by[2] / 8)])
+    video = replace(
+        streams["video"],
+        position_BN3=streams["video"].position_BN3 + torch.tensor(by),
+        cell_BN3=streams["video"].cell_BN3 + cells,
+    )
     return build(kind)({**streams, "video": video}, layout.visibility)["video"]
 
 
@@ -391,10 +397,9 @@ def test_within_windows_places_are_relative_and_matter():
     assert (run(0.0, order)[:, :, order] - still).abs().mean() > 1e-3
 
 
-def test_factorized_time_is_relative_so_that_a_stream_may_go_on_for_ever():
-    torch.testing.assert_close(
-        moved("factorized", 32.0, 0.0, 0.0), moved("factorized", 0.0, 0.0, 0.0), rtol=0, atol=1e-4
-    )
+@pytest.mark.parametrize("kind", ["factorized", "lightning"])
+def test_where_time_is_relative_a_stream_may_go_on_for_ever(kind):
+    torch.testing.assert_close(moved(kind, 32.0, 0.0, 0.0), moved(kind, 0.0, 0.0, 0.0), rtol=0, atol=1e-4)
 
 
 @every_backbone
@@ -496,7 +501,9 @@ def test_a_caption_reaches_other_scenes_only_through_the_video(kind, scene):
         before, after = clip.run(model, Scenes()), told.run(model, Scenes())
         for other in range(3):
             same = torch.equal(of_scene(clip, before, other), of_scene(clip, after, other))
-            assert same == (other != scene and depth == 1), (depth, other)
+            # In lightning words are in the video before its first attention.
+            deaf = other != scene and depth == 1 and kind != "lightning"
+            assert same == deaf, (depth, other)
 
 
 def test_words_do_not_see_the_video_of_other_scenes():
@@ -664,7 +671,7 @@ def test_blocks_compile_without_a_break_and_once_for_all(kind, plan):
     out.sum().backward()
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
     # The shifted windows of every other factorized block carry a mask: a second graph.
-    assert counter.frame_count == {"factorized": 2, "joint": 1}[kind]
+    assert counter.frame_count == {"factorized": 2}.get(kind, 1)
     torch._dynamo.reset()
 
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 
 import motionloom.cli.console as console
@@ -29,6 +30,7 @@ from motionloom.cli.main import main
 from motionloom.config import packaged_recipes
 from motionloom.config.recipe import ModelConfig
 from motionloom.rng import numpy_rng
+from motionloom.tokenizers.vtp import VTPConfig, VTPModel, VtpTokenizer, Words
 
 COMMANDS = (
     "data shapeworld",
@@ -45,6 +47,13 @@ COMMANDS = (
     "convert",
     "judge",
     "judge stream",
+    "eval reconstruction",
+    "eval zero-shot",
+    "eval linear-probe",
+    "eval knn",
+    "eval retrieval",
+    "eval generation",
+    "features",
 )
 """In the order in which their examples build on one another."""
 
@@ -61,8 +70,12 @@ SMALLER = {
     "quickstart": ["--minutes", "0.02", "--no-open", *TINY],
     "generate": ["--steps", "2"],
     "stream": ["--seconds", "1", "--steps", "1"],
+    "eval reconstruction": ["--clips", "4", "--extractor", "color-histogram", "--lpips", "none"],
+    "eval zero-shot": ["--clips", "4"],
+    "eval generation": ["--clips", "3", "--steps", "1", "--extractor", "color-histogram"],
 }
 """What makes the examples quick: a later option wins over an earlier one."""
+TINY_TOWER = {"embed_dim": 32, "depth": 1, "num_heads": 2}
 BEFORE = {
     "stream": (
         *("train", "causal", "--cache", "caches/small", "experiment_name=stream"),
@@ -130,6 +143,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Ans
         Path("my_clips/broken.mp4").write_bytes(b"not a video")
         Image.fromarray(numpy_rng("cli").integers(0, 256, (30, 40, 3), "uint8")).save("my_clips/a still.png")
         tiny_wan(Path(example("convert")[1]))
+        tiny_vtp(Path(example("features")[1]))
         yield {c: tried(c) for c in COMMANDS}
     finally:
         os.chdir(before)
@@ -149,6 +163,21 @@ def tiny_wan(folder: Path) -> None:
     state = build_backbone(config, 16, 32).state_dict()
     weights = as_original(Weights.of_tensors("tiny", state), wan)
     write_folder(folder, Sink.of(weights), None)
+
+
+def tiny_vtp(folder: Path) -> None:
+    """A visual tokenizer that reads words, as nobody trained it."""
+    words = Words.learned(["a small red star moves up on a dark background"], 40, 300)
+    sizes = {f"{tower}_{name}": n for tower in ("vision", "decoder") for name, n in TINY_TOWER.items()}
+    text = {"text_embed_dim": 16, "text_num_heads": 2, "text_depth": 1, "text_context_length": 40}
+    config = VTPConfig(
+        vision_patch_size=8, vision_feature_bottleneck=6, text_vocab_size=words.size, **sizes, **text
+    )
+    model = VTPModel(config)
+    model.init_weights(0)
+    words.save(folder)
+    noise = numpy_rng("vtp clips").integers(0, 256, (2, 4, 32, 32, 3), "uint8")
+    VtpTokenizer.measured(model, list(torch.from_numpy(noise)), words=folder).save(folder)
 
 
 # Every command
@@ -537,7 +566,7 @@ MISTAKES = [
     ("convert Wan2.1-T2V-1.3B a_file", "a_file is there already and is not overwritten"),
     ("convert Wan2.1-T2V-1.3B x --to onnx", "choose one of diffusers, original"),
     ("convert Wan2.1-T2V-1.3B x --dtype fp8", "choose one of keep, fp32, bf16"),
-    ("convert Wan2.1-T2V-1.3B x --family vae", "choose one of wan, cogvideox, ltx2"),
+    ("convert Wan2.1-T2V-1.3B x --family vae", "choose one of wan, cogvideox, ltx2, lightning"),
     ("convert Wan2.1-T2V-1.3B x --family ltx2", "holds weights of wan, not of ltx2"),
     ("convert Wan2.1-T2V-1.3B x --preset tiny", "say --family as well"),
     ("convert Wan2.1-T2V-1.3B x --shard-size big", "for instance 5GB or 800MB"),

@@ -205,7 +205,7 @@ def test_several_problems_come_together_and_not_more_than_five(write):
         ("train: {betas: [0.9, 2]}", "train.betas[1] is 2;"),
         ("train: {sample_prompts: a cat}", 'is "a cat"; expected a list, each item a text'),
         ("train: {clip_grad_norm: -1}", "expected a number above 0 or null"),
-        ("model: {type: unet}", 'model.type is "unet"; expected factorized, joint, wan, cogvideox or ltx2'),
+        ("model: {type: unet}", "expected factorized, joint, wan, cogvideox, ltx2 or lightning"),
         ("preprocess: {background: [0, 0, 256]}", "preprocess.background[2] is 256"),
         ("preprocess: {seed: -1}", "expected a whole number of at least 0 or null"),
         ("experiment_name: a/b", "expected a text of letters, digits"),
@@ -256,7 +256,7 @@ def test_a_wrong_value_names_key_value_and_what_is_expected(write, line, told):
         (["train.objective=ddpm_v", "flow_matching.path=cosine"], "use path linear or objective flow"),
         (["train.schedule=cosine", "train.warmup_steps=1000"], "use fewer"),
         (["diffusion.beta_start=0.1"], "diffusion.beta_start 0.1 is above diffusion.beta_end 0.02: lower it"),
-        (["model.preset=tiny"], "names sizes of wan, cogvideox or ltx2, but model.type is factorized"),
+        (["model.preset=tiny"], "of wan, cogvideox, ltx2 or lightning, but model.type is factorized"),
         (["model.name_or_path=x"], "start from a checkpoint of your own with train.init_from"),
         (["model.type=wan"], "model.type wan has no sizes yet: set model.preset"),
         (

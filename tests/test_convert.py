@@ -443,7 +443,7 @@ MISTAKES = [
         "model.depth, model.dropout cannot be chosen for model.type wan",
     ),
     (["model.prediction=clean"], "wan answers with a velocity: leave it out"),
-    (["model.type=joint"], "model.name_or_path is for wan, cogvideox and ltx2, but model.type is joint"),
+    (["model.type=joint"], "is for wan, cogvideox, ltx2 and lightning, but model.type is joint"),
     (["model.type=joint", "model.name_or_path=", "model.preset=tiny"], "but model.type is joint"),
 ]
 

@@ -311,7 +311,7 @@ def test_predictor_converts_each_token_at_its_own_level() -> None:
     torch.testing.assert_close(back_BNC, batch.video.x_BFHWC.flatten(1, 3), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("model", ["factorized", "joint"])
+@pytest.mark.parametrize("model", ["factorized", "joint", "lightning"])
 @pytest.mark.parametrize("plan", [*PLANS, "first_frame", "teacher"])
 def test_every_backbone_learns_under_every_plan(model: Any, plan: str) -> None:
     """One step along the gradient lowers the loss of the same draws."""

@@ -1,4 +1,4 @@
-"""What ``benchmarks/live.py`` says of films that are known; of an untrained model it only has to say something."""
+"""What ``benchmarks/live.py`` says of films that are known; an untrained model only has to say something."""
 
 from __future__ import annotations
 

@@ -498,13 +498,14 @@ TARGETS = {
     "factorized": ["space.qkv", "text.q", "mlp.up"],
     "wan": ["!blocks.0.attn1", "attn1.to_q", "attn2", "ffn"],
     "cogvideox": ["attn1", "!ff.net.0", "ff"],
+    "lightning": ["attn.qkv", "!layers.0.mlp", "mlp", "modulation"],
     "ltx2": ["attn1.to_k", "audio_attn1", "audio_to_video_attn", "audio_ff"],
 }
 
 
 def any_backbone(kind: str) -> nn.Module:
     """A tiny one whose every weight matters."""
-    if kind in FAMILIES:
+    if kind in TINY:
         model = FAMILIES[kind].on_meta(FAMILIES[kind].preset(TINY[kind]))
     else:
         sizes = ModelConfig(

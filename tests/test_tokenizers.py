@@ -86,7 +86,7 @@ def test_saved_and_loaded_it_is_the_same(tokenizer: Tokenizer, tmp_path: Path) -
     assert torch.equal(loaded.decode(latents), tokenizer.decode(latents))
 
 
-@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("kind", sorted(TOKENIZERS.keys() - {"pixels"}))
 def test_the_fingerprint_follows_the_content(kind: str) -> None:
     def fingerprint(key: str = "clips", **changes: object) -> str:
         return fit_tokenizer(config(kind, **changes), list(clips(4, 8, key=key))).fingerprint()
@@ -120,6 +120,8 @@ def test_a_stream_hands_out_frames_before_it_takes_the_next_chunk(tokenizer: Tok
 
 
 def test_sizes_that_do_not_divide_are_refused(tokenizer: Tokenizer) -> None:
+    if tokenizer.spec.spatial == 1:
+        return  # any size divides by a pixel
     frames = tokenizer.spec.pixel_frames(4)
     with pytest.raises(UserError, match=r"height 14 .* use 12 or 16"):
         tokenizer.encode(clips(1, frames, height=14))

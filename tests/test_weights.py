@@ -277,7 +277,8 @@ def test_the_rest_of_a_whole_system_is_left_out(tmp_path):
 def test_what_cannot_be_recognised_is_said_so(tmp_path):
     save_file({"x": torch.ones(1)}, tmp_path / "x.safetensors")
     x = open_weights(tmp_path / "x.safetensors")
-    assert "is of none of the families wan, cogvideox, ltx2 (it holds x ...)" in refusal(lambda: recognise(x))
+    told = refusal(lambda: recognise(x))
+    assert "is of none of the families wan, cogvideox, ltx2, lightning (it holds x ...)" in told
     wan = open_weights(save_diffusers("wan", tmp_path / "wan"))
     assert "holds weights of wan, not of ltx2: use type wan" in refusal(lambda: recognise(wan, "ltx2"))
     assert "did you mean wan2.1-t2v-14b?" in refusal(lambda: recognise(wan, "wan", "wan2.1-t2-14b"))

@@ -15,7 +15,7 @@ from motionloom.generate import Model
 from motionloom.plans import Streams, Visibility
 from motionloom.rng import torch_generator
 
-BACKBONES = ("joint", "factorized")
+BACKBONES = ("joint", "factorized", "lightning")
 PLANS: dict[str, dict[str, Any]] = {
     "text_to_video": {"type": "text_to_video"},
     "first_frame": {"conditions": [{"type": "first_frame", "probability": 0.5}]},
@@ -69,6 +69,7 @@ class Altered(nn.Module):
         super().__init__()
         self.backbone, self.change, self.patch = backbone, change, backbone.patch
         self.modalities = backbone.modalities
+        self.words_first = getattr(backbone, "words_first", False)
 
     def forward(self, streams: Streams, visibility: Visibility) -> dict[str, Tensor]:
         return self.backbone(*self.change(streams, visibility))

@@ -1,11 +1,12 @@
 """Backbones: one file per family, single-device maths over token streams.
 
 ``factorized`` and ``joint`` are the project's own, of any size; the published families (``families.py``) come
-in the sizes that their weights have.
+in the sizes that their weights have. ``lightning`` is both: a plain transformer of any size, and published.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, TypeAlias, cast
 
 import torch
@@ -14,6 +15,7 @@ from motionloom.backbones.base import Backbone
 from motionloom.backbones.factorized import Factorized
 from motionloom.backbones.families import FAMILIES, Sizes, recognise
 from motionloom.backbones.joint import Joint
+from motionloom.backbones.lightning import Lightning, LightningSizes
 from motionloom.backbones.weights import open_weights
 from motionloom.config.recipe import ModelConfig
 from motionloom.errors import UserError
@@ -24,8 +26,12 @@ if TYPE_CHECKING:
     from motionloom.backbones.ltx2 import LTX2
     from motionloom.backbones.wan import Wan
 
-BACKBONES: dict[str, type[Factorized] | type[Joint]] = {"factorized": Factorized, "joint": Joint}
-"""The own backbones by ``model.type``; the published ones are in ``families.FAMILIES``."""
+BACKBONES: dict[str, Callable[..., Factorized | Joint | Lightning]] = {
+    "factorized": Factorized,
+    "joint": Joint,
+    "lightning": Lightning.from_recipe,
+}
+"""Those whose sizes a recipe may choose, by ``model.type``; published ones are in ``families.FAMILIES``."""
 
 Asks: TypeAlias = dict[str, tuple[tuple[str, ...], tuple[str, ...]]]
 """Attentions by name: the modalities that ask, and those that answer."""
@@ -38,11 +44,12 @@ ATTENTIONS: dict[str, Asks] = {
     "cogvideox": JOINED,
     "wan": CROSSED,
     "ltx2": CROSSED,
+    "lightning": {"self": CROSSED["self"]},
 }
 """What goes through ``plans.lower`` where video and text are all there is, by ``model.type``. ``factorized``
 attends in space and time in small groups besides, always by reshape."""
 
-BackboneModule: TypeAlias = "Factorized | Joint | Wan | CogVideoX | LTX2"
+BackboneModule: TypeAlias = "Factorized | Joint | Lightning | Wan | CogVideoX | LTX2"
 """What :func:`build_backbone` builds: a module that is a :class:`Backbone`."""
 
 __all__ = [
@@ -53,6 +60,7 @@ __all__ = [
     "BackboneModule",
     "Factorized",
     "Joint",
+    "Lightning",
     "backbone_sizes",
     "build_backbone",
 ]
@@ -117,8 +125,10 @@ def _published(
 ) -> BackboneModule:
     family = FAMILIES[config.type]
     sizes = sizes or backbone_sizes(config)
-    model = cast("Wan", family.on_meta(sizes, checkpoint_blocks=config.checkpoint_blocks))
     named = f"{config.type} ({config.preset or config.name_or_path})"
+    if isinstance(sizes, LightningSizes):
+        sizes = _with_ends(sizes, config, latent_channels, text_dim, named)
+    model = cast("Wan", family.on_meta(sizes, checkpoint_blocks=config.checkpoint_blocks))
     if sizes.reads_image:
         raise UserError(
             f"{named} reads a given image beside the noisy video, and no plan.type brings one: take the "
@@ -146,3 +156,19 @@ def _published(
             f"encoder that it was trained with, or text_encoder.dim: {model.text_dim} to train on another"
         )
     return model
+
+
+def _with_ends(
+    sizes: LightningSizes, config: ModelConfig, latent_channels: int, text_dim: int, named: str
+) -> LightningSizes:
+    """A named trunk between the ends that the recipe asks for; weights keep theirs, which it must name."""
+    if not config.name_or_path:
+        return sizes.fitted(config, latent_channels, text_dim)
+    for key in ("condition", "qk_norm"):
+        given, theirs = getattr(config, key), getattr(sizes, key)
+        if given != theirs:
+            raise UserError(
+                f"model.{key} is {str(given).lower()}, but {named} was made for another: write model.{key}: "
+                f"{str(theirs).lower()}"
+            )
+    return sizes

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
 from functools import cache
@@ -66,6 +66,17 @@ class Family:
         """Published sizes by name."""
         presets: Mapping[str, Any] = self._get("PRESETS")
         return presets
+
+    def measured(self, weights: Weights, preset: Sizes | None) -> Sizes | None:
+        """Sizes told from weights in the authors' layout, and from the preset that they are said to be of;
+        None for families that come in their presets alone.
+
+        Raises:
+            UserError: the weights contradict themselves, or do not tell.
+        """
+        measure = getattr(self._get(self.sizes), "from_weights", None)
+        sizes: Sizes | None = None if measure is None else measure(weights, preset)
+        return sizes
 
     @property
     def original_keys(self) -> KeyMap:
@@ -135,6 +146,14 @@ FAMILIES = {
             "LTX2VideoTransformer3DModel",
             ("audio_proj_in.weight", "transformer_blocks.0.audio_attn1.to_q.weight"),
         ),
+        Family(
+            "lightning",
+            "lightning",
+            "Lightning",
+            "LightningSizes",
+            "LightningDiT",
+            ("entry.proj.weight", "layers.0.mlp.w12.weight", "exit.modulation.weight"),
+        ),
     )
 }
 """By ``model.type``."""
@@ -160,7 +179,7 @@ def recognise(
 
     The sizes come from ``preset`` if it is given, else from the ``config.json`` beside the weights or the
     note that :data:`CONFIG_NOTE` names, else they are those of the first preset whose weights have the same
-    names and shapes.
+    names and shapes. A family whose presets name the trunk alone tells the ends from the weights.
 
     Args:
         family: name of the family that it must be; empty: any.
@@ -171,7 +190,7 @@ def recognise(
     """
     found, layout = _family(weights, family, keys[0])
     named, left_out = _as_diffusers(weights, found, layout)
-    sizes = found.preset(preset, keys[1]) if preset else _described(weights, found) or _fitting(named, found)
+    sizes = _sizes(weights, named, found, layout, found.preset(preset, keys[1]) if preset else None)
     if problem := mismatch(found.shapes(sizes), named):
         source = f"{keys[1]} {preset}" if preset else "its config.json"
         raise UserError(f"{weights.where} is not what {source} says: {problem}")
@@ -242,13 +261,29 @@ def _is_original(weights: Weights, family: Family) -> bool:
 def _as_diffusers(weights: Weights, family: Family, layout: str) -> tuple[Weights, int]:
     if layout == "diffusers":
         return weights, 0
-    keys = family.original_keys
-    # A file of a whole system keeps its network under one of the prefixes, and everything else elsewhere.
-    prefix = next(p for p in (*keys.prefixes, "") if all(p + mark in weights for mark in keys.marks))
+    keys, prefix = family.original_keys, _prefix(weights, family)
     mine = [name for name in weights if name.startswith(prefix)]
     names = keys.to_diffusers(mine)
     used = {piece.name for origin in names.values() for piece in origin}
     return weights.under_names(names), len(weights) - len(used)
+
+
+def _prefix(weights: Weights, family: Family) -> str:
+    """A file of a whole system keeps its network under one of the prefixes, and everything else elsewhere."""
+    keys = family.original_keys
+    return next(p for p in (*keys.prefixes, "") if all(p + mark in weights for mark in keys.marks))
+
+
+def _sizes(weights: Weights, named: Weights, family: Family, layout: str, preset: Sizes | None) -> Sizes:
+    between: Callable[[Sizes], Sizes] | None = getattr(preset, "between", None)
+    if preset is not None and between is None:
+        return preset
+    known = _described(weights, family)
+    if known is None and layout == "original":
+        known = family.measured(weights.under(_prefix(weights, family)), preset)
+    if between is None:
+        return known or _fitting(named, family)
+    return between(known or _fitting(named, family))
 
 
 def _described(weights: Weights, family: Family) -> Sizes | None:

@@ -46,6 +46,7 @@ from motionloom.tokenizers import (
     fit_tokenizer,
     load_audio_tokenizer,
     load_tokenizer,
+    needs_clips,
     open_audio_tokenizer,
     open_tokenizer,
 )
@@ -159,7 +160,7 @@ def _audio_channels(recipe: Recipe) -> int:
 def recipe_spec(recipe: Recipe) -> TokenizerSpec:
     """The shape rule of the tokenizer that a recipe names or would fit."""
     config = recipe.tokenizer
-    if config.name_or_path:
+    if not needs_clips(config):
         return open_tokenizer(config).spec
     return TokenizerSpec(config.latent_d, config.latent_f, config.latent_t, config.first_alone)
 
@@ -240,7 +241,9 @@ class Parts:
 
     def folders(self) -> dict[str, Saveable]:
         """What a checkpoint carries besides weights, to be opened without anything else."""
-        note = {} if self.start.sizes is None else {"backbone": _note(self.recipe, self.start.sizes)}
+        # The backbone's own: those of a preset may have been fitted to tokenizer and text.
+        backbone: Any = self.backbone
+        note = {} if self.start.sizes is None else {"backbone": _note(self.recipe, backbone.sizes)}
         sound = {} if self.audio_tokenizer is None else {"audio_tokenizer": self.audio_tokenizer}
         return {"tokenizer": self.tokenizer, "text_encoder": self.text_encoder, **sound, **note}
 
@@ -350,7 +353,12 @@ def fresh_model(recipe: Recipe, device: torch.device) -> Model:
     :data:`LARGE` parameters only the first blocks are built.
     """
     config = recipe.tokenizer
-    if config.name_or_path:
+    if recipe.trains_tokenizer:
+        raise UserError(
+            f"train.method {recipe.train.method} trains a tokenizer and no backbone: look at it with "
+            "`motionloom inspect`"
+        )
+    if not needs_clips(config):
         tokenizer = open_tokenizer(config)
     else:
         spec = recipe_spec(recipe)
@@ -527,6 +535,11 @@ def load_model(
     place = pick_device(device)
     saved = checkpoint.load(Path(path))
     recipe = load_recipe(saved.folder / "recipe.yaml")
+    if recipe.trains_tokenizer:
+        raise UserError(
+            f"{path} trained a tokenizer, not a model: write it out with `motionloom convert {path} FOLDER "
+            "--cache CACHE`, and name the folder in tokenizer.name_or_path"
+        )
     tokenizer: Tokenizer = load_tokenizer(saved.folder / "tokenizer")
     text_encoder = load_text_encoder(saved.folder / "text_encoder")
     sizes = SizesNote.load(saved.folder / "backbone").sizes if recipe.model.imported else None

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from motionloom.cli import convert_tokenizer
 from motionloom.cli.console import Out
 from motionloom.errors import UserError
 
@@ -47,6 +48,7 @@ class Wish:
     preset: str
     shard_size: str
     raw: bool
+    cache: Path | None = None
 
 
 def run(source: Path, target: Path, wish: Wish, as_json: bool) -> None:
@@ -57,6 +59,11 @@ def run(source: Path, target: Path, wish: Wish, as_json: bool) -> None:
     _check(wish)
     check_target(target)
     shard_bytes = parse_bytes(wish.shard_size)
+    if (trained := convert_tokenizer.tokenizer_checkpoint(source)) is not None:
+        convert_tokenizer.run(trained, target, wish.cache, wish.raw, console)
+        return
+    if wish.cache is not None:
+        raise UserError(f"--cache {wish.cache} is for runs that trained a tokenizer, and {source} is none")
     found = _open(source, wish)
     if (source / "transformer_2").is_dir() and not any(source.glob("*.safetensors")):
         console.note(
@@ -154,12 +161,13 @@ def _open(path: Path, wish: Wish) -> Source:
 
 def _pickled(path: Path, raw: bool) -> tuple[Weights, str]:
     """Weights that others pickled, and which of the file's they are."""
-    from motionloom.backbones.weights.pickles import AVERAGED, TRAINED, read_pickle
+    from motionloom.backbones.weights.pickles import TRAINED, read_pickle
 
     found = read_pickle(path, raw)
     if not found.taken or not found.left:
         return found.weights, ""
-    other = f" ({TRAINED}: --raw)" if found.taken == AVERAGED and TRAINED in found.left else ""
+    last = TRAINED.get(found.taken)
+    other = f" ({last}: --raw)" if last in found.left else ""
     return found.weights, f"{path}: {found.taken} is taken, not {', '.join(found.left[:6])}{other}"
 
 
@@ -178,8 +186,8 @@ def _checkpoint(path: Path, wish: Wish) -> Source:
         )
     if not recipe.model.imported:
         raise UserError(
-            f"{saved.folder} holds a {recipe.model.type}, which diffusers does not know: only wan, cogvideox "
-            f"and ltx2 can be converted; use it as it is, by its folder"
+            f"{saved.folder} holds a {recipe.model.type}, which diffusers does not know: only wan, "
+            f"cogvideox, ltx2 and lightning of a preset can be converted; use it as it is, by its folder"
         )
     note = SizesNote.load(saved.folder / "backbone")
     if wish.family and wish.family != note.family.name:

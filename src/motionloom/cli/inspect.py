@@ -49,10 +49,14 @@ def _cache(path: Path, sheet: Path) -> dict[str, Any]:
 
 def _checkpoint(path: Path) -> dict[str, Any]:
     from motionloom.cli.assemble import load_model
+    from motionloom.config import load_recipe
     from motionloom.evals.inspection import inspect_model
     from motionloom.train import checkpoint
 
     saved = checkpoint.load(path)
+    recipe = load_recipe(saved.folder / "recipe.yaml")
+    if recipe.trains_tokenizer:
+        return {"checkpoint": str(saved.folder), "step": saved.step, **_tokenizer(recipe)}
     model = load_model(saved.folder, device="cpu", shapes_only=True)
     answer = inspect_model(model, saved.step, str(saved.folder))
     return {**answer, "attention": _attention(model.recipe, answer, model.predictor.backbone)}
@@ -68,6 +72,8 @@ def _recipe(name: str, overrides: list[str]) -> dict[str, Any]:
     from motionloom.train.parts import train_only
 
     recipe, notes = load_recipe_with_notes(name, overrides)
+    if recipe.trains_tokenizer:
+        return {**_tokenizer(recipe), "notes": notes}
     recipe, assumed = _on_paper(recipe)
     notes += assumed
     modules: dict[str, nn.Module] = {}
@@ -87,6 +93,21 @@ def _recipe(name: str, overrides: list[str]) -> dict[str, Any]:
         train_only(modules, recipe.train.parts)
     answer = inspect_recipe(recipe, spec, modules)
     return {**answer, "attention": _attention(recipe, answer, backbone), "notes": notes}
+
+
+def _tokenizer(recipe: Recipe) -> dict[str, Any]:
+    """The tokenizer that a recipe trains, with the largest vocabulary that it may learn."""
+    import torch
+
+    from motionloom.evals.inspection import inspect_tokenizer
+    from motionloom.methods.tokenizer.sizes import model_config
+    from motionloom.tokenizers.vtp import PRESETS, VTPModel
+
+    c = recipe.vtp
+    words = PRESETS[c.preset].text_vocab_size if c.preset else c.vocab_size
+    with torch.device("meta"):
+        model = VTPModel(model_config(c, max(recipe.video.width, recipe.video.height), words), c.rope)
+    return inspect_tokenizer(recipe, model)
 
 
 def _on_paper(recipe: Recipe) -> tuple[Recipe, list[str]]:
@@ -154,7 +175,7 @@ def _attention(recipe: Recipe, answer: Mapping[str, Any], backbone: Any) -> list
 
 
 def _show_attention(console: Out, rows: list[dict[str, Any]]) -> None:
-    if console.as_json:
+    if console.as_json or not rows:
         return
     heads = ["attention", "queries", "keys", "seen", "gflop", "way"]
     console.table("", heads, [[_short(row[head]) for head in heads] for row in rows])

@@ -39,7 +39,7 @@ class Wish:
 
 def run(folder: Path, wish: Wish, as_json: bool) -> None:
     """Judge every clip, print the figures, write judged.json and judged.html into the folder."""
-    from motionloom.data.media import write_atomic
+    from motionloom.durable import write_atomic
     from motionloom.evals.asked import read_samples
     from motionloom.evals.judges import judge
 

@@ -345,8 +345,8 @@ def _vbench(found: Found, eyes: Eyes) -> Report:
 
 
 def _write(target: Path, wish: Wish, found: Found, reports: Sequence[Report], console: Out) -> None:
-    from motionloom.data.media import write_atomic
     from motionloom.data.sheets import contact_sheet
+    from motionloom.durable import write_atomic
     from motionloom.studio.page import write_page
 
     out, command = wish.out, shlex.join(["motionloom", *sys.argv[1:]])

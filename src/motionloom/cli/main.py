@@ -64,14 +64,15 @@ Recipe = Annotated[
     str,
     typer.Argument(
         metavar="RECIPE",
-        help="A YAML file, or the name of one that comes along: quickstart, clips, shapeworld, causal, "
-        "factorized_256; first_frame, keyframes, extend, extend_back, inpaint, outpaint, conditions, "
+        help="A YAML file, or the name of one that comes along: quickstart, clips, shapeworld, lightning, "
+        "causal, factorized_256; first_frame, keyframes, extend, extend_back, inpaint, outpaint, conditions, "
         "ic_lora; scenes, scenes_pretrain, scenes_sft, scenes_lora; sound, t2av, v2a, a2v, t2a, "
         "audio_extend, audio_inpaint, a2a, av2av; lora_shape, lora_wan, "
         "lora_cogvideox, lora_ltx2; endless, causal_teacher, causvid_ode, causvid_dmd, self_forcing, "
         "self_forcing_sid, self_forcing_gan, self_forcing_long, self_forcing_live, "
         "self_forcing_frame, self_forcing_scenes, self_forcing_sound, "
-        "causal_consistency, few_step; wan, wan_14b, causvid_ode_wan, causvid_dmd_wan, self_forcing_wan",
+        "causal_consistency, few_step; wan, wan_14b, causvid_ode_wan, causvid_dmd_wan, self_forcing_wan; "
+        "vtp_shapeworld, vtp_decoder, vtp_b",
     ),
 ]
 Overrides = Annotated[
@@ -663,6 +664,250 @@ def judge_stream(
     command.run(target, wish, as_json)
 
 
+eval_app = typer.Typer(
+    help="Tokenizers, and what generates with them, in numbers: reconstruction, probes, words, FID.",
+    no_args_is_help=True,
+)
+app.add_typer(eval_app, name="eval")
+
+TokenizerFolder = Annotated[
+    Path,
+    typer.Argument(metavar="TOKENIZER", help="A saved tokenizer: a cache's or a run's tokenizer folder."),
+]
+Clips = Annotated[Path, typer.Option("--manifest", help="The clips, their captions and labels.")]
+Evaluated = Annotated[Path, typer.Option(help="A new folder for evaluated.json, a page and a sheet.")]
+Most = Annotated[
+    int | None, typer.Option("--clips", min=2, help="At most so many, evenly spread over the manifest.")
+]
+Frames = Annotated[int | None, typer.Option(min=1, help="Frames of each clip, from its first; else all.")]
+Size = Annotated[
+    str | None, typer.Option(help="HEIGHTxWIDTH or one side; clips are scaled and cropped. Else their own.")
+]
+Fps = Annotated[float | None, typer.Option(min=0.01, help="Frames per second; else the clips' own.")]
+AtOnce = Annotated[int, typer.Option("--batch-size", min=1, help="Clips that are coded at once.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda ...")]
+ExtractorName = Annotated[
+    str,
+    typer.Option(
+        help="Whose features FID and KID compare: efficientnet-lite0, color-histogram, clip:FOLDER; auto is "
+        "the first if it is installed; none."
+    ),
+]
+OracleWorld = Annotated[
+    str, typer.Option(help="Of ShapeWorld's clips: ask its oracle; full, quickstart, modes or endless.")
+]
+Label = Annotated[
+    str,
+    typer.Option(help="Which extra field of the manifest is to be told; dots lead into it: objects.0.color."),
+]
+Train = Annotated[Path, typer.Option("--train", help="Manifest of clips to learn from.")]
+Test = Annotated[
+    Path | None, typer.Option("--test", help="Manifest of clips to be told; else a share of --train.")
+]
+Share = Annotated[
+    float, typer.Option(min=0.01, max=0.99, help="Without --test: that share of --train is set aside.")
+]
+
+
+@eval_app.command(
+    epilog="Example: motionloom eval reconstruction caches/small/tokenizer --manifest "
+    "worlds/small/manifest.jsonl --world quickstart --out evaluated/pixels"
+)
+def reconstruction(
+    tokenizer: TokenizerFolder,
+    manifest: Clips,
+    out: Evaluated,
+    clips: Most = None,
+    frames: Frames = None,
+    size: Size = None,
+    fps: Fps = None,
+    world: OracleWorld = "",
+    extractor: ExtractorName = "auto",
+    lpips: Annotated[str, typer.Option(help="vgg, alex, auto (vgg if installed) or none.")] = "auto",
+    batch: AtOnce = 8,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """What clips lose on the way through latents: PSNR, SSIM, LPIPS, rFID, flicker, what an oracle reads."""
+    from motionloom.cli import eval as command
+
+    reading = command.Reading(clips, frames, size, fps, batch, device)
+    command.reconstruction(tokenizer, manifest, out, reading, extractor, lpips, world, as_json)
+
+
+@eval_app.command(
+    "zero-shot",
+    epilog="Example: motionloom eval zero-shot tokenizers/mine --manifest worlds/small/manifest.jsonl "
+    "--world quickstart --out evaluated/words",
+)
+def zero_shot(
+    tokenizer: TokenizerFolder,
+    manifest: Clips,
+    out: Evaluated,
+    world: Annotated[
+        str, typer.Option(help="Classes: all shapes, colours and motions of full, quickstart, modes ...")
+    ] = "",
+    classes: Annotated[
+        str, typer.Option(help="... or the values of this field of the manifest. Else every caption is one.")
+    ] = "",
+    template: Annotated[
+        Files, typer.Option(metavar="TEXT", help="A wording, {} for the class; repeat, their mean counts.")
+    ] = None,
+    clips: Most = None,
+    frames: Frames = None,
+    size: Size = None,
+    fps: Fps = None,
+    batch: AtOnce = 8,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Is a clip nearer to the words of its class than to all others; of a VTP model that reads texts."""
+    from motionloom.cli import eval as command
+
+    reading = command.Reading(clips, frames, size, fps, batch, device)
+    command.zero_shot(tokenizer, manifest, out, reading, world, classes, template or [], as_json)
+
+
+@eval_app.command(
+    "linear-probe",
+    epilog="Example: motionloom eval linear-probe caches/small/tokenizer --train worlds/small/manifest.jsonl "
+    "--label background --out evaluated/probe",
+)
+def linear_probe(
+    tokenizer: TokenizerFolder,
+    train: Train,
+    label: Label,
+    out: Evaluated,
+    test: Test = None,
+    share: Share = 0.25,
+    cells: Annotated[
+        bool,
+        typer.Option("--cells", help="Probe the whole latent too, cell by cell, and not its mean alone."),
+    ] = False,
+    clips: Most = None,
+    frames: Frames = None,
+    size: Size = None,
+    fps: Fps = None,
+    seed: Seed = 0,
+    batch: AtOnce = 8,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """What a linear map reads from features and from latents, its settings chosen on training clips alone."""
+    from motionloom.cli import eval as command
+
+    reading = command.Reading(clips, frames, size, fps, batch, device)
+    command.linear_probe(tokenizer, train, test, out, reading, label, share, cells, seed, as_json)
+
+
+@eval_app.command(
+    epilog="Example: motionloom eval knn caches/small/tokenizer --train worlds/small/manifest.jsonl --k 5 "
+    "--label background --out evaluated/knn"
+)
+def knn(
+    tokenizer: TokenizerFolder,
+    train: Train,
+    label: Label,
+    out: Evaluated,
+    test: Test = None,
+    share: Share = 0.25,
+    k: Annotated[int, typer.Option(min=1, help="Neighbours that vote.")] = 20,
+    clips: Most = None,
+    frames: Frames = None,
+    size: Size = None,
+    fps: Fps = None,
+    seed: Seed = 0,
+    batch: AtOnce = 8,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """What the nearest clips by cosine say of a clip, view by view."""
+    from motionloom.cli import eval as command
+
+    reading = command.Reading(clips, frames, size, fps, batch, device)
+    command.knn(tokenizer, train, test, out, reading, label, share, k, seed, as_json)
+
+
+@eval_app.command(
+    epilog="Example: motionloom eval retrieval tokenizers/mine --manifest worlds/small/manifest.jsonl "
+    "--out evaluated/retrieval"
+)
+def retrieval(
+    tokenizer: TokenizerFolder,
+    manifest: Clips,
+    out: Evaluated,
+    clips: Most = None,
+    frames: Frames = None,
+    size: Size = None,
+    fps: Fps = None,
+    batch: AtOnce = 8,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Captions found by clips and clips by captions, R@1, 5 and 10; of a VTP model that reads texts."""
+    from motionloom.cli import eval as command
+
+    reading = command.Reading(clips, frames, size, fps, batch, device)
+    command.retrieval(tokenizer, manifest, out, reading, as_json)
+
+
+@eval_app.command(
+    epilog="Example: motionloom eval generation runs/mine --manifest worlds/small/manifest.jsonl --clips 8 "
+    "--world quickstart --out evaluated/run"
+)
+def generation(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or one of its checkpoints.")],
+    manifest: Clips,
+    out: Evaluated,
+    clips: Annotated[int, typer.Option(min=2, help="How many are made; the floor needs twice as many.")] = 64,
+    world: OracleWorld = "",
+    extractor: ExtractorName = "auto",
+    steps: Annotated[int | None, typer.Option(min=1, help="Solver steps, if not the recipe's.")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help="On the text; 1 is none.")] = None,
+    seed: Seed = 0,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="The last weights instead of the averaged ones.")
+    ] = False,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Clips made for a manifest's captions against its real ones: FID, KID, their floor, the oracle."""
+    from motionloom.cli import eval as command
+
+    reading = command.Reading(clips=clips, device=device)
+    how = command.Sampled(steps, guidance, seed, raw)
+    command.generation(run, manifest, out, reading, how, extractor, world, as_json)
+
+
+@app.command(
+    epilog="Example: motionloom features tokenizers/mine --manifest worlds/small/manifest.jsonl --out "
+    "vectors.parquet"
+)
+def features(
+    tokenizer: TokenizerFolder,
+    manifest: Clips,
+    out: Annotated[Path, typer.Option(help="A new table: .parquet, .lance or .jsonl.")],
+    view: Annotated[
+        str,
+        typer.Option(
+            help="clip (unit vectors that compare with texts), cls, patch, latent (its mean) or latent cells."
+        ),
+    ] = "clip",
+    clips: Most = None,
+    frames: Frames = None,
+    size: Size = None,
+    fps: Fps = None,
+    batch: AtOnce = 8,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """A vector for every image or clip, in a table with its id: for search or clustering."""
+    from motionloom.cli import eval as command
+
+    reading = command.Reading(clips, frames, size, fps, batch, device)
+    command.features(tokenizer, manifest, out, reading, view, as_json)
+
+
 @app.command(epilog="Example: motionloom convert Wan2.1-T2V-1.3B models/wan-1.3b --dtype bf16")
 def convert(
     source: Annotated[
@@ -674,19 +919,25 @@ def convert(
     target: Annotated[Path, typer.Argument(metavar="DST", help="A new folder, or a new .safetensors file.")],
     to: Annotated[str, typer.Option(help="diffusers, or original: as the authors name them.")] = "diffusers",
     dtype: Annotated[str, typer.Option(help="keep, fp32 or bf16.")] = "keep",
-    family: Annotated[str, typer.Option(help="wan, cogvideox or ltx2; else told by the names.")] = "",
+    family: Annotated[
+        str, typer.Option(help="wan, cogvideox, ltx2 or lightning; else told by the names.")
+    ] = "",
     preset: Annotated[str, typer.Option(help="Sizes by name, where no config.json says them.")] = "",
     shard_size: Annotated[str, typer.Option(help="Largest file of a folder.")] = "5GB",
     raw: Annotated[
         bool,
         typer.Option("--raw", help="Of a checkpoint or a student's .pt the last weights, not the averaged."),
     ] = False,
+    cache: Annotated[
+        Path | None,
+        typer.Option(help="Of a run that trained a tokenizer: its cache, to measure latents on."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Weights of a published model into another layout, or out of a checkpoint. Nothing is overwritten."""
     from motionloom.cli import convert as command
 
-    command.run(source, target, command.Wish(to, dtype, family, preset, shard_size, raw), as_json)
+    command.run(source, target, command.Wish(to, dtype, family, preset, shard_size, raw, cache), as_json)
 
 
 def main() -> None:

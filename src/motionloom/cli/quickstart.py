@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from motionloom.cli.console import Out, duration, new_folder, skipped
-from motionloom.data.media import write_atomic
+from motionloom.durable import write_atomic
 
 if TYPE_CHECKING:
     from motionloom.cli.assemble import Parts

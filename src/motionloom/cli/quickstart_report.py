@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from motionloom.data.media import write_atomic
+from motionloom.durable import write_atomic
 
 if TYPE_CHECKING:
     import numpy as np

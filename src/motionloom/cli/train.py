@@ -10,15 +10,15 @@ from motionloom.errors import UserError
 
 if TYPE_CHECKING:
     from motionloom.cli.assemble import Parts
+    from motionloom.cli.tokenizer_run import TokenizerParts
     from motionloom.config import Recipe
     from motionloom.data.cache import Cache
     from motionloom.parallel import Ranks
+    from motionloom.train.loop import OnSample
 
 
 def run(recipe_name: str, overrides: list[str], cache_path: Path | None, resume: bool, as_json: bool) -> None:
     """Train, alone or as one of torchrun's processes."""
-    from motionloom.cli.assemble import assemble
-    from motionloom.cli.previews import Previews
     from motionloom.cli.training_view import TrainingView
     from motionloom.config import load_recipe_with_notes, write_provenance
     from motionloom.data.cache import open_cache
@@ -37,14 +37,14 @@ def run(recipe_name: str, overrides: list[str], cache_path: Path | None, resume:
             _refuse_other(run_dir, recipe, cache, ranks)
         else:
             checkpoint.refuse_held(run_dir)
-        parts = assemble(recipe, cache, ranks)
+        parts = _assemble(recipe, cache, ranks)
         if ranks.is_main:
             for note in notes:
                 console.note(note)
             show_start(console, parts)
             write_provenance(run_dir, parts.recipe)
         with TrainingView(console) as view:
-            previews = Previews(parts, run_dir) if recipe.train.sample_every_steps else None
+            previews = _previews(parts, run_dir) if recipe.train.sample_every_steps else None
             outcome = parts.trainer(run_dir, view, previews).fit(resume)
         if ranks.is_main:
             console.result(
@@ -62,6 +62,25 @@ def run(recipe_name: str, overrides: list[str], cache_path: Path | None, resume:
         raise SystemExit(INTERRUPTED)
 
 
+def _assemble(recipe: Recipe, cache: Cache, ranks: Ranks) -> Parts | TokenizerParts:
+    if recipe.trains_tokenizer:
+        from motionloom.cli.tokenizer_run import assemble_tokenizer
+
+        return assemble_tokenizer(recipe, cache, ranks)
+    from motionloom.cli.assemble import assemble
+
+    return assemble(recipe, cache, ranks)
+
+
+def _previews(parts: Parts | TokenizerParts, run_dir: Path) -> OnSample:
+    from motionloom.cli.previews import Previews
+    from motionloom.cli.tokenizer_run import TokenizerParts, TokenizerPreviews
+
+    return (
+        TokenizerPreviews(parts, run_dir) if isinstance(parts, TokenizerParts) else Previews(parts, run_dir)
+    )
+
+
 def _refuse_other(run_dir: Path, recipe: Recipe, cache: Cache, ranks: Ranks) -> None:
     """What the trainer would refuse as well, but before a large base is read."""
     from motionloom.data.loader import Loader
@@ -76,20 +95,28 @@ def _refuse_other(run_dir: Path, recipe: Recipe, cache: Cache, ranks: Ranks) -> 
     Identity.of(recipe, ranks.world, data).refuse_unless(before, str(newest), besides=("base",))
 
 
-def show_start(console: Out, parts: Parts) -> None:
+def show_start(console: Out, parts: Parts | TokenizerParts) -> None:
     """What becomes of every clip, and what else to know, before the first step."""
-    from motionloom.train.patterns import table
+    from motionloom.cli.assemble import Parts
 
-    columns = ["pattern", "modules", "parameters"]
     for note in parts.notes:
         console.note(note)
-    if parts.adapted is not None:
-        console.table("LoRA", columns, table(parts.adapted.targets))
-    whole = parts.trained if parts.adapted is None else parts.adapted.parts
-    if whole:
-        console.table("parts that are trained whole", columns, table(whole))
+    if isinstance(parts, Parts):
+        _show_trained(console, parts)
     for row in parts.loader.report():
         console.note(
             f"bucket {row.shape}: {row.clips} clips, {row.batches:.4g} batches per epoch, "
             f"{row.dropped} dropped ({row.why})"
         )
+
+
+def _show_trained(console: Out, parts: Parts) -> None:
+    """Of adapters, and of parts that are trained alone: what they are."""
+    from motionloom.train.patterns import table
+
+    columns = ["pattern", "modules", "parameters"]
+    if parts.adapted is not None:
+        console.table("LoRA", columns, table(parts.adapted.targets))
+    whole = parts.trained if parts.adapted is None else parts.adapted.parts
+    if whole:
+        console.table("parts that are trained whole", columns, table(whole))

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from motionloom.config.section import Fraction, NotNegative, Section
+from motionloom.config.section import Fraction, NotNegative, Positive, Section
 
 Scale = Annotated[float, Field(ge=0)]
 Interval = tuple[Fraction, Fraction]
@@ -44,3 +44,7 @@ class GuidanceConfig(Section):
     audio_skip_scale: Scale | None = None
     audio_cross_scale: Scale | None = None
     audio_rescale: Fraction | None = None
+    text_channels: Positive | None = Field(
+        default=None,
+        description="Guidance of the text acts on so many channels of a latent, the first; none: on all.",
+    )

@@ -67,6 +67,12 @@ def load_recipe_with_notes(
         if layer.values.get("model.name_or_path") and _of_other_weights(layer, origin, overrides):
             # The sizes of the weights that a layer below named are not those of the ones named here.
             values.pop("model.preset", None)
+        if layer.values.get("model.preset"):
+            # Nor are sizes that a file below chose those of the preset.
+            said = {f"override {override}" for override in overrides}
+            for key in (f"model.{size}" for size in OWN_SIZES):
+                if key in values and origin[key] not in said:
+                    del values[key]
         for key, value in layer.values.items():
             if key in keys():
                 values[key], origin[key] = value, layer.label

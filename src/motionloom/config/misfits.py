@@ -15,6 +15,7 @@ from motionloom.config.recipe import (
     TokenizerConfig,
 )
 from motionloom.config.request import request_problem
+from motionloom.config.vtp_misfits import vtp_misfits
 
 
 class ReadText(NamedTuple):
@@ -38,6 +39,7 @@ READ_TEXT = {
 def misfits(r: Recipe) -> Iterator[str]:
     """Cross-field problems, each with its mend."""
     yield from _imported_misfits(r) if r.model.imported else _own_misfits(r.model)
+    yield from _lightning_misfits(r)
     yield from _lora_misfits(r)
     yield from _text_misfits(r.text_encoder)
     yield from _read_text_misfits(r)
@@ -48,6 +50,11 @@ def misfits(r: Recipe) -> Iterator[str]:
     yield from _guidance_misfits(r)
     yield from _student_misfits(r)
     yield from _chunk_misfits(r)
+    if r.flow_matching.direction > 0 and (r.train.objective, r.train.method) != ("flow", "denoise"):
+        yield (
+            f"flow_matching.direction is for train.objective flow and train.method denoise, not "
+            f"{r.train.objective} and {r.train.method}: leave it out"
+        )
     if r.train.objective != "flow" and r.flow_matching.path != "linear":
         yield "flow_matching.path cosine needs train.objective flow: use path linear or objective flow"
     if r.diffusion.beta_start > r.diffusion.beta_end:
@@ -64,6 +71,7 @@ def misfits(r: Recipe) -> Iterator[str]:
     if r.tokenizer.type == "patch" and r.tokenizer.latent_d > most:
         yield f"tokenizer.latent_d {r.tokenizer.latent_d} is more than a patch has values: use at most {most}"
     yield from _vae_misfits(r.tokenizer)
+    yield from vtp_misfits(r)
     if r.audio.enabled:
         yield from _audio_misfits(r.audio)
     yield from _size_misfits(r)
@@ -94,7 +102,7 @@ def _guidance_misfits(r: Recipe) -> Iterator[str]:
 def _student_misfits(r: Recipe) -> Iterator[str]:
     """What a student cannot be taught, and keys of one method that another does not read."""
     method, d = r.train.method, r.distil
-    if method == "denoise":
+    if method == "denoise" or r.trains_tokenizer:
         return
     if method != "ode" and not d.teacher:
         yield f"train.method {method} learns from a teacher: name a run or a checkpoint in distil.teacher"
@@ -140,7 +148,11 @@ def _chunk_misfits(r: Recipe) -> Iterator[str]:
 
 def _text_misfits(text: TextEncoderConfig) -> Iterator[str]:
     """Keys of one text encoder that another does not read, and what it cannot do without."""
-    if text.type != "hash" and not text.name_or_path:
+    if text.type == "classes":
+        yield from _class_misfits(text)
+    elif text.classes:
+        yield f"text_encoder.classes are for text_encoder.type classes, not {text.type}: leave them out"
+    if text.type in ("hf", "ltx2") and not text.name_or_path:
         yield (
             f"text_encoder.name_or_path is empty but text_encoder.type is {text.type}: give a folder or hub "
             "name"
@@ -151,11 +163,21 @@ def _text_misfits(text: TextEncoderConfig) -> Iterator[str]:
         yield f"text_encoder.connectors are for text_encoder.type ltx2, not {text.type}: leave them out"
 
 
+def _class_misfits(text: TextEncoderConfig) -> Iterator[str]:
+    """Classes that cannot be told apart."""
+    if not text.classes:
+        yield "text_encoder.type classes knows no classes yet: list text_encoder.classes"
+    if "" in text.classes:
+        yield "text_encoder.classes holds the empty caption, which is no class: leave it out"
+    if twice := [name for i, name in enumerate(text.classes) if name in text.classes[:i]]:
+        yield f"text_encoder.classes names {twice[0]} twice: keep one"
+
+
 def _reads_captions(r: Recipe) -> ReadText | None:
     """What published weights should be given; None where nothing was published, or a new table of words takes
     the place of the encoder that they were trained with."""
     published = r.model.imported and r.model.name_or_path and r.text_encoder.type != "hash"
-    return READ_TEXT[r.model.type] if published else None
+    return READ_TEXT.get(r.model.type) if published else None
 
 
 def _read_text_misfits(r: Recipe) -> Iterator[str]:
@@ -203,13 +225,28 @@ def _own_misfits(model: ModelConfig) -> Iterator[str]:
         )
     if model.preset:
         yield (
-            f"model.preset {model.preset} names sizes of wan, cogvideox or ltx2, but model.type is "
-            f"{model.type}: set model.type, or leave the preset out"
+            f"model.preset {model.preset} names sizes of wan, cogvideox, ltx2 or lightning, but model.type "
+            f"is {model.type}: set model.type, or leave the preset out"
         )
     if model.name_or_path:
         yield (
-            f"model.name_or_path is for wan, cogvideox and ltx2, but model.type is {model.type}: set "
-            f"model.type, or start from a checkpoint of your own with train.init_from"
+            f"model.name_or_path is for wan, cogvideox, ltx2 and lightning, but model.type is {model.type}: "
+            f"set model.type, or start from a checkpoint of your own with train.init_from"
+        )
+
+
+def _lightning_misfits(r: Recipe) -> Iterator[str]:
+    """What only lightning reads, and a table of classes without classes."""
+    model = r.model
+    if model.type != "lightning":
+        if model.condition != "text":
+            yield f"model.condition {model.condition} is for lightning, not {model.type}: leave it out"
+        if model.qk_norm:
+            yield f"model.qk_norm is for lightning, and {model.type} needs no such key: leave it out"
+    elif model.condition == "class" and r.text_encoder.type != "classes":
+        yield (
+            f"model.condition class wants classes, and text_encoder.type {r.text_encoder.type} gives words: "
+            "set text_encoder.type: classes, or model.condition: text"
         )
 
 
@@ -298,14 +335,21 @@ def _audio_misfits(audio: AudioConfig) -> Iterator[str]:
 
 
 def _vae_misfits(tokenizer: TokenizerConfig) -> Iterator[str]:
-    """A trained VAE is loaded, not fitted, and its shape rule is given."""
+    """A trained tokenizer is loaded, not fitted, and its shape rule is given."""
     if tokenizer.type == "patch":
         return
+    if tokenizer.type == "pixels":
+        yield from _pixels_misfits(tokenizer)
+        return
     if not tokenizer.name_or_path:
+        what = "VTP model" if tokenizer.type == "vtp" else "diffusers VAE"
         yield (
             f"tokenizer.type {tokenizer.type} is not fitted: set tokenizer.name_or_path to a folder with a "
-            f"diffusers VAE"
+            f"{what}"
         )
+    if tokenizer.type == "vtp":
+        yield from _vtp_misfits(tokenizer)
+        return
     if not tokenizer.first_alone:
         yield (
             f"tokenizer.type {tokenizer.type} encodes the first frame alone: set tokenizer.first_alone to "
@@ -323,6 +367,24 @@ def _vae_misfits(tokenizer: TokenizerConfig) -> Iterator[str]:
                 f"tokenizer.tile_overlap {tokenizer.tile_overlap} leaves nothing of tokenizer.tile "
                 f"{tokenizer.tile}: use less"
             )
+
+
+def _pixels_misfits(tokenizer: TokenizerConfig) -> Iterator[str]:
+    """Pixels as they are: a cell is a pixel of a frame."""
+    for key, value in (("latent_f", 1), ("latent_t", 1), ("latent_d", 3)):
+        if getattr(tokenizer, key) != value:
+            yield f"tokenizer.type pixels has tokenizer.{key} {value}, not {getattr(tokenizer, key)}: set it"
+
+
+def _vtp_misfits(tokenizer: TokenizerConfig) -> Iterator[str]:
+    """The first frame stands alone where frames are put together."""
+    if tokenizer.first_alone != (tokenizer.latent_t > 1):
+        yield (
+            f"tokenizer.type vtp with tokenizer.latent_t {tokenizer.latent_t} has tokenizer.first_alone "
+            f"{str(tokenizer.latent_t > 1).lower()}: set it"
+        )
+    if tokenizer.tile:
+        yield "tokenizer.tile is not for tokenizer.type vtp, whose blocks see whole frames: set it to 0"
 
 
 def _size_misfits(r: Recipe) -> Iterator[str]:

@@ -22,6 +22,7 @@ from motionloom.config.section import (
     Positive,
     Section,
 )
+from motionloom.config.vtp import VtpConfig
 
 
 class VideoConfig(Section):
@@ -55,12 +56,13 @@ class PreprocessConfig(Section):
 
 
 class TokenizerConfig(Section):
-    """Pixels <-> latents. `patch` is fitted in closed form on the first clips that it sees."""
+    """Pixels <-> latents. `patch` is fitted in closed form on the first clips that it sees; `pixels` leaves
+    them as they are, for the training of tokenizers."""
 
-    type: Literal["patch", "wan_vae", "cogvideox_vae", "ltx2_vae"] = "patch"
+    type: Literal["patch", "pixels", "vtp", "wan_vae", "cogvideox_vae", "ltx2_vae"] = "patch"
     name_or_path: str = Field(
         default="",
-        description="A saved tokenizer or a diffusers VAE folder; empty: fit a `patch` one while caching.",
+        description="A saved tokenizer, a VTP, a diffusers VAE; empty: fit a `patch` one while caching.",
     )
     latent_f: Positive = Field(default=8, description="Pixels per latent cell.")
     latent_t: Positive = Field(default=4, description="Frames per latent frame.")
@@ -70,8 +72,16 @@ class TokenizerConfig(Section):
         default=1.0,
         description="1: every channel has deviation 1; less: strong channels stay stronger, RMS 1.",
     )
-    fit_clips: Positive = Field(default=512, description="How many clips the basis is fitted on.")
-    precision: Literal["fp32", "bf16"] = Field(default="fp32", description="VAEs only: what they compute in.")
+    fit_clips: Positive = Field(
+        default=512, description="How many clips a basis, or a VTP's statistics, come from."
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="VAEs and VTP: what they compute in."
+    )
+    rope: Literal["bf16", "fp32"] = Field(
+        default="bf16",
+        description="VTP only: rotary angles in what released models were trained with, or finer.",
+    )
     tile: NotNegative = Field(default=0, description="VAEs only: pixels of a square tile; 0: whole frames.")
     tile_overlap: NotNegative = Field(default=64, description="VAEs only: pixels that tiles share.")
 
@@ -135,7 +145,10 @@ class StoriesConfig(Section):
 class TextEncoderConfig(Section):
     """Captions -> token embeddings."""
 
-    type: Literal["hash", "hf", "ltx2"] = "hash"
+    type: Literal["hash", "hf", "ltx2", "classes"] = "hash"
+    classes: tuple[str, ...] = Field(
+        default=(), description="classes only: every caption is one of them, or empty."
+    )
     dim: Positive = Field(default=256, description="hash only; hf models bring their own.")
     vocab_size: Positive = Field(default=4096, description="hash only.")
     max_length: Positive = 32
@@ -155,7 +168,8 @@ class TextEncoderConfig(Section):
 
 
 OWN_BACKBONES = ("factorized", "joint")
-"""Backbones whose sizes a recipe chooses; the others take theirs from a preset or from the weights."""
+"""Backbones whose sizes a recipe chooses; the others take theirs from a preset or from the weights, and
+lightning either way."""
 
 OWN_SIZES = ("dim", "audio_dim", "depth", "num_heads", "mlp_ratio", "window_size", "dropout")
 """Keys of ``model`` that only the own backbones read."""
@@ -164,10 +178,11 @@ OWN_SIZES = ("dim", "audio_dim", "depth", "num_heads", "mlp_ratio", "window_size
 class ModelConfig(Section):
     """The backbone."""
 
-    type: Literal["factorized", "joint", "wan", "cogvideox", "ltx2"] = "factorized"
-    preset: str = Field(default="", description="wan, cogvideox, ltx2: name of published sizes.")
+    type: Literal["factorized", "joint", "wan", "cogvideox", "ltx2", "lightning"] = "factorized"
+    preset: str = Field(default="", description="Name of published sizes; not for factorized and joint.")
     name_or_path: str = Field(
-        default="", description="wan, cogvideox, ltx2: weights to start from; a folder or a safetensors file."
+        default="",
+        description="Weights to start from, a folder or a safetensors file; not for factorized and joint.",
     )
     dim: Positive = 512
     audio_dim: NotNegative = Field(
@@ -186,11 +201,20 @@ class ModelConfig(Section):
     prediction: Literal["velocity", "clean", "noise"] = Field(
         default="velocity", description="What the network's output means; the loss follows `train.objective`."
     )
+    condition: Literal["text", "class"] = Field(
+        default="text",
+        description="lightning only: told by the mean of the words, or by a table of classes.",
+    )
+    qk_norm: bool = Field(
+        default=False, description="lightning only: queries and keys are normalised (the others always do)."
+    )
     checkpoint_blocks: bool = Field(default=False, description="Recompute blocks in the backward pass.")
 
     @property
     def imported(self) -> bool:
         """Whether the sizes are those of a published model, and the sizes above are not read."""
+        if self.type == "lightning":
+            return bool(self.preset or self.name_or_path)
         return self.type not in OWN_BACKBONES
 
 
@@ -295,6 +319,10 @@ class FlowMatchingConfig(Section):
     t_max: Fraction = 1.0
     weighting: Literal["uniform", "min_snr", "eps", "bell", "cosmap"] = "uniform"
     min_snr_gamma: Annotated[float, Field(gt=0)] = 5.0
+    direction: Annotated[float, Field(ge=0)] = Field(
+        default=0.0,
+        description="Weight of 1 - cosine between predicted and true velocity in the loss; LightningDiT: 1.",
+    )
 
     @model_validator(mode="after")
     def _ordered(self) -> FlowMatchingConfig:
@@ -308,8 +336,10 @@ class FlowMatchingConfig(Section):
 class TrainConfig(Section):
     """The optimisation."""
 
-    method: Literal["denoise", "ode", "consistency", "matching"] = Field(
-        default="denoise", description="What a step optimises; all but denoise teach a student (`distil`)."
+    method: Literal["denoise", "ode", "consistency", "matching", "tokenizer", "decoder"] = Field(
+        default="denoise",
+        description="What a step optimises; ode, consistency and matching teach a student (`distil`), "
+        "tokenizer and decoder train a tokenizer (`vtp`).",
     )
     objective: Literal["flow", "ddpm_eps", "ddpm_v"] = "flow"
     precision: Literal["bf16", "fp32"] = "bf16"
@@ -403,7 +433,13 @@ class Recipe(Section):
     train: TrainConfig = TrainConfig()
     guidance: GuidanceConfig = GuidanceConfig()
     distil: DistilConfig = DistilConfig()
+    vtp: VtpConfig = VtpConfig()
     ema: EmaConfig = EmaConfig()
+
+    @property
+    def trains_tokenizer(self) -> bool:
+        """Whether it is a tokenizer that is trained, and no backbone."""
+        return self.train.method in ("tokenizer", "decoder")
 
     @property
     def of_shots(self) -> bool:

@@ -27,7 +27,8 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from motionloom.data.media import Clip, MediaError, read_clip, write_atomic
+from motionloom.data.media import Clip, MediaError, read_clip
+from motionloom.durable import write_atomic
 from motionloom.errors import UserError
 
 # What other tools call the same thing; the first is ours. ``frames_dir`` and ``image_path`` are mmdit's.

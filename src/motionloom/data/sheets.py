@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from motionloom.data.media import write_atomic, write_video
+from motionloom.data.media import write_video
 from motionloom.data.media.write import png
+from motionloom.durable import write_atomic
 
 Video = NDArray[np.uint8]
 _INK, _PAPER, _GIVEN = (32, 33, 36), (255, 255, 255), (0, 158, 90)

@@ -251,7 +251,12 @@ class Doctor:
         words = streams["text"].grid[2]
         if sees_JJ[words:].all():
             return Finding("hidden tokens", "ok", "this plan hides nothing from what is made")
-        block_JJ = torch.linalg.matrix_power(sees_JJ.float(), HOPS[len(layout.tracks)]) > 0
+        block_JJ = torch.linalg.matrix_power(sees_JJ.float(), HOPS[len(layout.tracks)])
+        if getattr(self.model.predictor.backbone, "words_first", False):
+            told_JJ = torch.eye(len(sees_JJ)).to(block_JJ)
+            told_JJ[:, :words] += sees_JJ[:, :words]
+            block_JJ = block_JJ @ told_JJ
+        block_JJ = block_JJ > 0
         with torch.no_grad():
             leak = self._leak(streams, layout, _reach(sees_JJ)[words:])
             with self._first_block_alone():

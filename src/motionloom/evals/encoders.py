@@ -48,6 +48,14 @@ class TextImageEncoder(Encoder, Protocol):
         ...
 
 
+class Extractor(Encoder, Protocol):
+    """An encoder that also hands out its features as they come, for comparing their distributions."""
+
+    def features(self, frames_NHW3: Frames) -> Vectors:
+        """uint8 frames to (N, D) features that are not scaled to length 1."""
+        ...
+
+
 def unit(vectors_ND: NDArray[Any]) -> Vectors:
     """Each row divided by its length; a row of zeros stays."""
     length = np.linalg.norm(vectors_ND, axis=-1, keepdims=True)
@@ -65,8 +73,13 @@ class ColorHistogram:
     name = "color-histogram-v1"
 
     def embed(self, frames_NHW3: Frames) -> Vectors:
-        """Square roots of counts (so that large flat areas do not drown the rest) as unit vectors."""
-        return unit(np.sqrt(np.stack([self._counts(frame) for frame in frames_NHW3])))
+        """:meth:`features` as unit vectors."""
+        return unit(self.features(frames_NHW3))
+
+    def features(self, frames_NHW3: Frames) -> Vectors:
+        """(N, 864) square roots of shares, so that large flat areas do not drown the rest."""
+        counts_ND = np.stack([self._counts(frame) for frame in frames_NHW3])
+        return np.asarray(np.sqrt(counts_ND / counts_ND.sum(1, keepdims=True)), np.float32)
 
     def _counts(self, frame_HW3: Frames) -> NDArray[np.float64]:
         """Counts (cells * bins**3,), each pixel shared between its neighbouring bins."""
@@ -110,11 +123,16 @@ class EfficientNetLite:
 
     def embed(self, frames_NHW3: Frames) -> Vectors:
         """(N, 1280) unit vectors."""
+        return unit(self.features(frames_NHW3))
 
-        def features(pixels: Tensor) -> Tensor:
-            return self._net.extract_features((pixels * 255 - 127) / 128).mean(dim=(2, 3))
+    def features(self, frames_NHW3: Frames) -> Vectors:
+        """(N, 1280) numbers before the classifier."""
 
-        return in_batches(frames_NHW3, self.SIDE, features)
+        def last(pixels: Tensor) -> Tensor:
+            features: Tensor = self._net.extract_features((pixels * 255 - 127) / 128)
+            return features.mean(dim=(2, 3))
+
+        return in_batches(frames_NHW3, self.SIDE, last)
 
 
 class Clip:
@@ -145,14 +163,18 @@ class Clip:
 
     def embed(self, frames_NHW3: Frames) -> Vectors:
         """(N, D) unit vectors."""
+        return unit(self.features(frames_NHW3))
+
+    def features(self, frames_NHW3: Frames) -> Vectors:
+        """(N, D) image embeddings as the model gives them."""
         import torch
 
         mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (self._mean, self._std))
 
-        def features(pixels: Tensor) -> Tensor:
+        def pooled(pixels: Tensor) -> Tensor:
             return _pooled(self._net.get_image_features(pixel_values=(pixels - mean) / std))
 
-        return in_batches(frames_NHW3, self._side, features)
+        return in_batches(frames_NHW3, self._side, pooled)
 
     def embed_text(self, texts: Sequence[str]) -> Vectors:
         """(N, D) unit vectors; what is longer than the model reads is cut."""
@@ -196,7 +218,7 @@ def in_batches(frames_NHW3: Frames, side: int, features: Callable[[Tensor], Tens
             ]
             pixels = torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2).float() / 255
             parts.append(features(pixels).float().numpy())
-    return unit(np.concatenate(parts))
+    return np.concatenate(parts)
 
 
 def from_wheel(build: Callable[[], Any], weights: Path) -> Any:
@@ -216,13 +238,13 @@ def from_wheel(build: Callable[[], Any], weights: Path) -> Any:
     return net.eval()
 
 
-ENCODERS: dict[str, Callable[[], Encoder]] = {
+ENCODERS: dict[str, Callable[[], Extractor]] = {
     "color-histogram": ColorHistogram,
     "efficientnet-lite0": EfficientNetLite,
 }
 
 
-def open_encoder(name: str) -> Encoder:
+def open_encoder(name: str) -> Extractor:
     """By name, or ``clip:FOLDER``. Raises UserError for an unknown name or a missing package."""
     if name.startswith("clip:"):
         return Clip(Path(name.removeprefix("clip:")))

@@ -17,6 +17,7 @@ from motionloom.data.buckets import Bucket, bucket_lengths, bucket_sizes, cached
 from motionloom.data.cache import Cache
 from motionloom.generate import Model
 from motionloom.tokenizers.base import TokenizerSpec
+from motionloom.tokenizers.vtp import VTPModel
 
 GIB = 2**30
 # Floats that one block keeps per token for the backward pass, in units of the model's width: inputs of the
@@ -156,3 +157,28 @@ def sheet_clips(cache: Cache, most: int = 24) -> tuple[list[Any], list[str]]:
         clips.append(row.decode(tokenizer).numpy())
         captions.append(" | ".join(row.captions))
     return clips, captions
+
+
+def inspect_tokenizer(recipe: Recipe, model: VTPModel) -> dict[str, Any]:
+    """What a recipe that trains a tokenizer amounts to; ``model`` may be on ``meta``.
+
+    Memory is of weights, gradients, averages and AdamW's state alone: what activations take depends on crops
+    and chunks.
+    """
+    c = model.config
+    spec = TokenizerSpec(
+        c.vision_feature_bottleneck, c.vision_patch_size, c.temporal_patch, first_alone=c.temporal_patch > 1
+    )
+    counts = parameters({"encoder": model.trunk, "decoder": model.pixel_decoder})
+    whole = sum(p.numel() for p in model.parameters())
+    text = whole - counts["total"]
+    copies = 4 if recipe.ema.enabled else 3
+    return {
+        "recipe": recipe.experiment_name,
+        "method": recipe.train.method,
+        "parameters": {**counts, "text": text, "total": whole},
+        "latent": {"pixels": spec.spatial, "frames": spec.temporal, "channels": spec.channels},
+        "memory_gib": {"weights and optimiser": 4 * whole * (copies + 1) / GIB},
+        "buckets": bucket_rows(recipe, spec),
+        "attention": [],
+    }

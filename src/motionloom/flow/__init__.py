@@ -16,6 +16,7 @@ from motionloom.flow.convert import (
 )
 from motionloom.flow.discrete import DiscretePrediction, DiscreteSchedule
 from motionloom.flow.guidance import (
+    FirstChannels,
     Guidance,
     Pass,
     Perturbation,
@@ -49,6 +50,7 @@ __all__ = [
     "Callback",
     "DiscretePrediction",
     "DiscreteSchedule",
+    "FirstChannels",
     "Guidance",
     "Kind",
     "Pass",

@@ -143,6 +143,25 @@ class Scales:
 
 
 @dataclass(frozen=True)
+class FirstChannels:
+    """The first ``count`` channels of every latent cell of a token. Raises UserError for none."""
+
+    count: int
+    cells: int = 1
+    """Latent cells of a token."""
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise UserError(f"guidance acts on {self.count} channels: give 1 or more, or none for all")
+
+    def of(self, guided: Tensor, others: Tensor) -> Tensor:
+        """(..., cells x C): these channels of ``guided``, the rest of ``others``."""
+        channels = guided.shape[-1] // self.cells
+        chosen = torch.arange(guided.shape[-1], device=guided.device) % channels < self.count
+        return torch.where(chosen, guided, others)
+
+
+@dataclass(frozen=True)
 class Guidance:
     """How one generation is guided; ``Guidance(scale, rescale, interval)`` is guidance on the text alone.
 
@@ -164,6 +183,9 @@ class Guidance:
     """By the name of the condition that a pass leaves out."""
     audio: Scales | None = None
     """Of the sound; None: as the video's."""
+    channels: FirstChannels | None = None
+    """Of the video, where guidance of the text acts; None: all. DiT's own sampler guides three, and
+    LightningDiT's published scales are of that."""
 
     def __post_init__(self) -> None:
         parts = (self._video, self.audio)  # the first refuses what is out of range
@@ -253,6 +275,8 @@ class Guidance:
         guided = wide
         if weights.pop("negative", None) is not None:
             guided = classifier_free(wide, predictions["negative"], scales.text.scale)
+            if self.channels is not None and modality == "video":
+                guided = self.channels.of(guided, wide)
         for name, weight in weights.items():
             guided = guided + weight * (wide - widen(predictions[name]))
         guided = guided.to(cond.dtype)

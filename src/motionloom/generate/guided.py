@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from motionloom.config.recipe import Recipe
-from motionloom.flow import Guidance, Scales, Term
+from motionloom.flow import FirstChannels, Guidance, Scales, Term
 
 
 def recipe_guidance(recipe: Recipe, scale: float | None = None) -> Guidance:
@@ -26,6 +27,7 @@ def recipe_guidance(recipe: Recipe, scale: float | None = None) -> Guidance:
         conditions=conditions,
         rescale=train.sample_cfg_rescale if more.audio_rescale is None else more.audio_rescale,
     )
+    channels = more.text_channels
     return Guidance(
         text.scale,
         train.sample_cfg_rescale,
@@ -35,6 +37,7 @@ def recipe_guidance(recipe: Recipe, scale: float | None = None) -> Guidance:
         cross=cross,
         conditions=conditions,
         audio=None if own == (None,) * 4 else sound,
+        channels=None if channels is None else FirstChannels(channels, math.prod(recipe.model.patch)),
     )
 
 

@@ -48,6 +48,8 @@ def build_method(
             assert teacher is not None
             assert critic is not None
             return Matching(recipe, model, teacher, critic, judge, critic_model)
+        case other:
+            raise AssertionError(f"{other} trains no backbone")
 
 
 __all__ = ["METHODS", "Denoise", "Method", "build_method"]

@@ -6,9 +6,11 @@ C channels; L text tokens; D independent noise levels.
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from motionloom.backbones.base import Backbone
@@ -57,6 +59,7 @@ class Denoise:
         self._caption_dropout = recipe.train.cfg_dropout_prob
         # A backbone with dropout draws its masks from a generator that it is lent for each step.
         self._masks = backbone.dropout if recipe.model.dropout > 0 else None  # type: ignore[attr-defined]
+        self._direction = recipe.flow_matching.direction
         self._objective = objective(recipe, getattr(backbone, "schedule", None))
         self._predictor = Predictor(backbone, recipe.model.prediction, self._objective.path)
         self._text_encoder = text_encoder if text_encoder is not None and text_encoder.trainable else None
@@ -87,7 +90,8 @@ class Denoise:
         return ("denoise",)
 
     def losses(self, batch: Batch, context: StepContext) -> Losses:
-        """Weighted mean squared velocity error of each sample over its counted tokens.
+        """Weighted mean squared velocity error of each sample over its counted tokens, and of its direction
+        where the recipe asks for that.
 
         Of several modalities each has a mean of its own; they are added by the weights of the plan. A sample
         that the draw of conditions leaves nothing of is made whole, a silent clip whose film was given among
@@ -160,11 +164,15 @@ class Denoise:
         clean_BNC, noise_BNC = clean_BFSC.flatten(1, 2), noise_BFSC.flatten(1, 2)
         target_BNC = self._objective.path.velocity(clean_BNC, noise_BNC, sigma_BN)
         error_BN = (velocity_BNC.float() - target_BNC.float()).square().mean(dim=-1)
+        error_BN = error_BN * self._objective.weight(sigma_BN)
+        if self._direction:
+            cells = math.prod(self._patch_of(modality))
+            error_BN = error_BN + self._direction * direction_error(velocity_BNC, target_BNC, cells)
         counted_BN = stream.loss_BN[:, stream.loss_BN.shape[1] - tokens :].expand(error_BN.shape)
         total_B = counted_BN.sum(dim=1)
         per_sample_B = total_B.clamp_min(1e-6)
         return _Error(
-            (error_BN * self._objective.weight(sigma_BN) * counted_BN).sum(dim=1) / per_sample_B,
+            (error_BN * counted_BN).sum(dim=1) / per_sample_B,
             (sigma_BN * counted_BN).sum(dim=1) / per_sample_B,
             total_B > 0,
         )
@@ -192,6 +200,13 @@ class _Error(NamedTuple):
     loss_B: Tensor
     sigma_B: Tensor
     learns_B: Tensor
+
+
+def direction_error(velocity_BNC: Tensor, target_BNC: Tensor, cells: int) -> Tensor:
+    """1 - cosine between predicted and true velocity over the channels of each of a token's latent cells,
+    their mean, (B, N): the velocity direction loss of LightningDiT (2501.01423, section 4)."""
+    v, target = (t.float().unflatten(-1, (cells, -1)) for t in (velocity_BNC, target_BNC))
+    return (1 - F.cosine_similarity(v, target, dim=-1)).mean(dim=-1)
 
 
 def _purpose(what: str, modality: str) -> str:

@@ -28,3 +28,18 @@ class PlaceEmbedding(nn.Module):
         angle_BNX = (pixels_BN2[..., None] * SPACE.frequencies(PER_AXIS).to(pixels_BN2.device)).flatten(-2)
         features_BNX = torch.cat([angle_BNX.cos(), angle_BNX.sin()], dim=-1)
         return self.project(features_BNX.to(self.project.weight.dtype))
+
+
+def grid_sines(cell_BN2: Tensor, dim: int, theta: float = 1e4) -> Tensor:
+    """Fixed positions of cells (row, column): sines and cosines of the column, then those of the row, a
+    quarter of the channels each (MAE, arXiv 2111.06377; DiT, arXiv 2212.09748).
+
+    Returns:
+        (B, N, D), float64 (float32 on devices without it); channels that do not divide by four are 0.
+    """
+    dtype = torch.float32 if cell_BN2.device.type == "mps" else torch.float64
+    quarter = dim // 4
+    rates = theta ** -(torch.arange(quarter, dtype=dtype, device=cell_BN2.device) / quarter)
+    row_BNX, column_BNX = (cell_BN2[..., None] * rates).unbind(-2)
+    waves = [column_BNX.sin(), column_BNX.cos(), row_BNX.sin(), row_BNX.cos()]
+    return torch.nn.functional.pad(torch.cat(waves, dim=-1), (0, dim - 4 * quarter))

@@ -89,6 +89,11 @@ def index_rotary(index_BNA: Tensor, pairs: tuple[int, ...], theta: float = 1e4) 
         ],
         dim=-1,
     )
+    return pair_tables(angle)
+
+
+def pair_tables(angle: Tensor) -> Rotary:
+    """Tables for :func:`rotate_pairs` from the angle of each pair, (..., D/2)."""
     cos, sin = angle.cos(), angle.sin()
     return cos.repeat_interleave(2, dim=-1), torch.stack([-sin, sin], dim=-1).flatten(-2)
 

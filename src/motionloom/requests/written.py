@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from motionloom.config.request import Request
-from motionloom.data.media import write_atomic, write_sound, write_video
+from motionloom.data.media import write_sound, write_video
 from motionloom.data.sheets import contact_sheet
+from motionloom.durable import write_atomic
 from motionloom.generate import Clip
 from motionloom.requests.prepared import Prepared
 from motionloom.requests.sources import Given

@@ -10,7 +10,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, select_autoescape
 from markupsafe import Markup, escape
 
-from motionloom.data.media import write_atomic
+from motionloom.durable import write_atomic
 
 
 @dataclass(frozen=True)

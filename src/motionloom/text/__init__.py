@@ -15,6 +15,7 @@ ENCODERS = {
     "hash": "motionloom.text.hash",
     "hf": "motionloom.text.hf",
     "ltx2": "motionloom.text.ltx2",
+    "classes": "motionloom.text.classes",
 }
 """Module of each ``text_encoder.type``; it offers ``build(config, seed)`` and ``load(folder, settings)``, and
 ``check(config)``: the channels, without reading weights."""

@@ -19,6 +19,7 @@ from motionloom.tokenizers.cogvideox_vae import COGVIDEOX_VAE
 from motionloom.tokenizers.ltx2_audio import LTX2Audio
 from motionloom.tokenizers.ltx2_vae import LTX2_VAE
 from motionloom.tokenizers.patch import PatchTokenizer
+from motionloom.tokenizers.pixels import PixelsTokenizer
 from motionloom.tokenizers.scenes import (
     decode_scenes,
     encode_scenes,
@@ -30,10 +31,15 @@ from motionloom.tokenizers.scenes import (
 )
 from motionloom.tokenizers.spectral import SpectralAudio
 from motionloom.tokenizers.vae import VaeKind, VaeSettings, VaeTokenizer
+from motionloom.tokenizers.vtp import VTPConfig, VTPModel, VtpTokenizer
+from motionloom.tokenizers.vtp.tokenizer import model_fingerprint
 from motionloom.tokenizers.wan_vae import WAN_VAE
 
-TOKENIZERS = {"patch": PatchTokenizer}
-"""Tokenizers that are fitted, by recipe name."""
+TOKENIZERS: dict[str, type[PatchTokenizer] | type[PixelsTokenizer]] = {
+    "patch": PatchTokenizer,
+    "pixels": PixelsTokenizer,
+}
+"""Tokenizers that need no weights, by recipe name."""
 
 VAES: dict[str, VaeKind] = {kind.name: kind for kind in (WAN_VAE, COGVIDEOX_VAE, LTX2_VAE)}
 """Tokenizers that come with weights, by recipe name."""
@@ -52,15 +58,46 @@ def shots_alone(recipe: Recipe) -> bool:
 
     A VAE mixes what it has seen into what follows, and of stories no latent frame may lie across a cut.
     """
-    return recipe.tokenizer.type in VAES or recipe.of_shots
+    return mixes_frames(recipe.tokenizer) or recipe.of_shots
+
+
+def mixes_frames(config: TokenizerConfig) -> bool:
+    """Whether a tokenizer's latent frames see others: shots are then always coded alone."""
+    return config.type in VAES or config.type == "vtp"
+
+
+def named_otherwise(config: TokenizerConfig, cached: str) -> str | None:
+    """What the recipe's named tokenizer is, where it is not the one of a fingerprint; None: it is.
+
+    Of a VTP whose latents nobody has measured its weights alone are compared.
+    """
+    if needs_clips(config):
+        own = model_fingerprint(VTPModel.from_pretrained(config.name_or_path, config.rope))
+        return None if cached.startswith(own) else own
+    own = open_tokenizer(config).fingerprint()
+    return None if cached == own else own
+
+
+def needs_clips(config: TokenizerConfig) -> bool:
+    """Whether a recipe's tokenizer is to be fitted: one without weights, or a VTP whose latents nobody has
+    measured, as in the released folders."""
+    return not config.name_or_path or (
+        config.type == "vtp" and not (Path(config.name_or_path) / "tokenizer.json").is_file()
+    )
 
 
 def fit_tokenizer(config: TokenizerConfig, clips: Sequence[Tensor]) -> Tokenizer:
     """A new tokenizer from uint8 clips (P, H, W, 3).
 
     Raises:
-        UserError: the recipe's tokenizer is one that comes with weights.
+        UserError: the recipe's tokenizer is one that comes with weights, or its files are not in order.
     """
+    if config.type == "vtp":
+        folder = Path(config.name_or_path)
+        model = VTPModel.from_pretrained(folder, config.rope)
+        tokenizer = VtpTokenizer.measured(model, clips, precision=config.precision, words=folder)
+        _require_shape(tokenizer.spec, config)
+        return tokenizer
     if config.type not in TOKENIZERS:
         raise UserError(
             f"tokenizer.type {config.type} comes with weights and is not fitted: set tokenizer.name_or_path "
@@ -83,10 +120,28 @@ def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
         )
     if config.type in VAES:
         tokenizer: Tokenizer = VaeTokenizer.open(VAES[config.type], folder, VaeSettings.of(config))
+    elif config.type == "vtp":
+        tokenizer = VtpTokenizer.load(folder, _settings(folder, config))
     else:
         tokenizer = load_tokenizer(folder)
     _require_shape(tokenizer.spec, config)
     return tokenizer
+
+
+def _settings(folder: Path, config: TokenizerConfig) -> dict[str, Any]:
+    """A measured VTP's own, to be run as the recipe says."""
+    if needs_clips(config):
+        raise _unmeasured(folder)
+    settings = _noted(folder / "tokenizer.json") | {"rope": config.rope, "precision": config.precision}
+    del settings["type"]
+    return settings
+
+
+def _unmeasured(folder: Path) -> UserError:
+    return UserError(
+        f"{folder}: the latents of this VTP model have not been measured: cache clips with "
+        f"tokenizer.type=vtp tokenizer.name_or_path={folder}, and name the tokenizer/ folder of that cache"
+    )
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -98,6 +153,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     folder = Path(folder)
     note = folder / "tokenizer.json"
     if not note.is_file():
+        if VTPConfig.is_at(folder):
+            raise _unmeasured(folder)
         named = diffusers_folder.class_named_in(folder)
         for vae in VAES.values():
             if vae.vae_class == named:
@@ -109,9 +166,11 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         return VaeTokenizer.load(VAES[kind], folder, settings)
     if kind == "absent":
         return AbsentTokenizer.load(folder, settings)
+    if kind == "vtp":
+        return VtpTokenizer.load(folder, settings)
     if kind not in TOKENIZERS:
         raise UserError(
-            f"{note}: type {kind!r} is unknown: this version has {', '.join([*TOKENIZERS, *VAES])}"
+            f"{note}: type {kind!r} is unknown: this version has {', '.join([*TOKENIZERS, 'vtp', *VAES])}"
         )
     return TOKENIZERS[kind].load(folder, settings)
 
@@ -178,6 +237,8 @@ def _saved_kind(folder: Path) -> str:
     note = folder / "tokenizer.json"
     if note.is_file():
         return str(_noted(note)["type"])
+    if VTPConfig.is_at(folder):
+        return "vtp"
     named = diffusers_folder.class_named_in(folder)
     return next((name for name, vae in VAES.items() if vae.vae_class == named), "")
 
@@ -215,11 +276,13 @@ __all__ = [
     "AbsentTokenizer",
     "AudioTokenizer",
     "AudioTokenizerSpec",
+    "PixelsTokenizer",
     "SpectralAudio",
     "Tokenizer",
     "TokenizerSpec",
     "VaeSettings",
     "VaeTokenizer",
+    "VtpTokenizer",
     "decode_scenes",
     "encode_scenes",
     "fit_audio_tokenizer",
@@ -227,6 +290,9 @@ __all__ = [
     "latent_scenes",
     "load_audio_tokenizer",
     "load_tokenizer",
+    "mixes_frames",
+    "named_otherwise",
+    "needs_clips",
     "open_audio_tokenizer",
     "open_tokenizer",
     "scene_latents",

@@ -101,10 +101,16 @@ def digest(*models: Any, extra: Mapping[str, Any]) -> str:
     found = hashlib.sha256(json.dumps(extra, sort_keys=True).encode())
     for model in models:
         found.update(json.dumps([type(model).__name__, _plain_config(model)], sort_keys=True).encode())
-        for name, tensor in sorted(model.state_dict().items()):
-            found.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
-            found.update(_bytes(tensor))
+        for part in tensor_bytes(model.state_dict()):
+            found.update(part)
     return found.hexdigest()
+
+
+def tensor_bytes(tensors: Mapping[str, Tensor]) -> Iterator[bytes | memoryview]:
+    """All that there is to know of some tensors, in order of their names, for a digest."""
+    for name, tensor in sorted(tensors.items()):
+        yield f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode()
+        yield _bytes(tensor)
 
 
 def _bytes(tensor: Tensor) -> memoryview:

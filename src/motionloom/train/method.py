@@ -31,6 +31,8 @@ class StepContext:
     """Which optimiser is being stepped, one of ``Method.turns(step)``."""
     phase: Literal["train", "heldout"] = "train"
     """``heldout``: only measured, with the same draws every time, and no caption is dropped."""
+    rehearsal: bool = False
+    """Nothing of it may stay: what a method keeps besides weights and gradients must not move."""
 
     def generator(self, purpose: str) -> torch.Generator:
         """A CPU generator for one purpose of this very step: the same on every device and after a resume."""

@@ -80,7 +80,15 @@ class Stepper:
         """Gradients of the mean loss over micro-batches and ranks; returns this rank's part of it."""
         gradients, parts = self._gradients[turn], []
         for micro, batch in enumerate(micro_batches):
-            context = StepContext(self._seed, step, micro, self._ranks.rank, self._ranks.device, turn)
+            context = StepContext(
+                self._seed,
+                step,
+                micro,
+                self._ranks.rank,
+                self._ranks.device,
+                turn,
+                rehearsal=not record,
+            )
             # Dropout knows no generator but the global one. Keyed here, it survives a resume, and whatever a
             # preview drew before this step is forgotten.
             torch.manual_seed(key_to_seed(self._seed, "global", step, micro, self._ranks.rank, turn))

@@ -19,8 +19,9 @@ from torch import Tensor
 from motionloom.backbones.weights.files import Weights, with_config
 from motionloom.errors import UserError
 
-AVERAGED, TRAINED = "generator_ema", "generator"
-INSIDE = (AVERAGED, TRAINED, "ema", "state_dict", "model", "module")
+TRAINED = {"generator_ema": "generator", "ema": "model"}
+"""Averaged weights, and those that they are the average of."""
+INSIDE = ("generator_ema", "generator", "ema", "state_dict", "model", "module")
 """Where training scripts keep a network's weights in a larger dictionary, the first choice first."""
 REFUSED = torch.serialization.pickle.UnpicklingError
 WRAPPERS = re.compile(r"(_fsdp_wrapped_module|_checkpoint_wrapped_module|_orig_mod)\.")
@@ -53,7 +54,7 @@ def read_pickle(path: Path, raw: bool = False) -> Pickled:
 
     Args:
         raw: the last weights and not the averaged ones, of a file that has both (CausVid's and
-            Self-Forcing's students: ``generator`` and ``generator_ema``).
+            Self-Forcing's students: ``generator`` and ``generator_ema``; LightningDiT: ``model``, ``ema``).
 
     Raises:
         UserError: it is no such file, holds other objects than tensors, no weights, weights that were saved
@@ -89,9 +90,10 @@ def _chosen(path: Path, content: Any, raw: bool) -> tuple[str, tuple[str, ...], 
     """(key, other keys, what stands there)."""
     found = list(_inside(content)) if isinstance(content, Mapping) else []
     if raw:
-        if not {AVERAGED, TRAINED} <= set(found):
+        last = [trained for averaged, trained in TRAINED.items() if {averaged, trained} <= set(found)]
+        if not last:
             raise UserError(f"--raw: {path} holds no averaged weights beside others: leave it out")
-        found.remove(AVERAGED)
+        found = last
     if not found:
         keys = content if isinstance(content, Mapping) else ()
         return "", tuple(str(key) for key in keys if not isinstance(content[key], Tensor)), content

@@ -31,7 +31,7 @@ from motionloom.data.cache.text import cache_text, is_trained
 from motionloom.data.cache.tracks import tracks_of
 from motionloom.data.cache.workers import LOCK, locked
 from motionloom.data.manifest import ManifestEntry, Problem, Problems
-from motionloom.data.media import write_atomic
+from motionloom.durable import write_atomic
 from motionloom.errors import UserError
 from motionloom.text import TextEncoder, build_text_encoder, check_text_encoder
 from motionloom.tokenizers import AudioTokenizer, Tokenizer, encode_scenes

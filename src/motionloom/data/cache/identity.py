@@ -13,16 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from motionloom.config.recipe import Recipe
-from motionloom.data.media import write_atomic
+from motionloom.durable import write_atomic
 from motionloom.errors import UserError
 from motionloom.tokenizers import (
-    VAES,
     AudioTokenizer,
     AudioTokenizerSpec,
     Tokenizer,
     TokenizerSpec,
+    mixes_frames,
+    named_otherwise,
     open_audio_tokenizer,
-    open_tokenizer,
 )
 
 FORMAT = 1
@@ -158,7 +158,7 @@ def decisive_keys(recipe: Recipe) -> dict[str, Any]:
 
 def _story_keys(recipe: Recipe) -> dict[str, Any]:
     keys: dict[str, Any] = {}
-    if recipe.of_shots and recipe.tokenizer.type not in VAES:
+    if recipe.of_shots and not mixes_frames(recipe.tokenizer):
         keys["plan.type"] = "scenes"  # shots are encoded alone; those of a VAE always are
     if recipe.stories.frames is not None:
         keys["stories.frames"] = recipe.stories.frames
@@ -225,15 +225,19 @@ def mismatches(
             found += _one_sided(key, made_with, wanted)
     found += _spec_mismatches(identity.spec, recipe, "in the cache")
     if identity.tokenizer:
-        named = recipe.tokenizer.name_or_path
-        if tokenizer is None and named:
-            tokenizer = open_tokenizer(recipe.tokenizer)
-        found += _other_tokenizer("tokenizer", identity.tokenizer, tokenizer, named)
+        named, own = recipe.tokenizer.name_or_path, None
+        if tokenizer is not None:
+            own = None if tokenizer.fingerprint() == identity.tokenizer else tokenizer.fingerprint()
+        elif named:
+            own = named_otherwise(recipe.tokenizer, identity.tokenizer)
+        found += _other_tokenizer("tokenizer", identity.tokenizer, own, named)
     if identity.audio_tokenizer and recipe.audio.enabled:
         named = recipe.audio.name_or_path
         if audio is None and named:
             audio = open_audio_tokenizer(recipe.audio)
-        found += _other_tokenizer("audio tokenizer", identity.audio_tokenizer, audio, named)
+        same = audio is None or audio.fingerprint() == identity.audio_tokenizer
+        own = None if same or audio is None else audio.fingerprint()
+        found += _other_tokenizer("audio tokenizer", identity.audio_tokenizer, own, named)
     return found
 
 
@@ -241,15 +245,12 @@ def _without(keys: Mapping[str, Any], prefix: str) -> dict[str, Any]:
     return {key: value for key, value in keys.items() if not key.startswith(prefix)}
 
 
-def _other_tokenizer(
-    what: str, cached: str, tokenizer: Tokenizer | AudioTokenizer | None, named: str
-) -> list[str]:
-    if tokenizer is None or tokenizer.fingerprint() == cached:
+def _other_tokenizer(what: str, cached: str, own: str | None, named: str) -> list[str]:
+    """Args: own: the fingerprint of another one; none: it is the cache's."""
+    if own is None:
         return []
     name = f" ({named})" if named else ""
-    return [
-        f"the {what} is {cached[:12]} in the cache and {tokenizer.fingerprint()[:12]}{name} in the recipe"
-    ]
+    return [f"the {what} is {cached[:12]} in the cache and {own[:12]}{name} in the recipe"]
 
 
 def _one_sided(key: str, cached: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:

@@ -29,7 +29,7 @@ from motionloom.data.cache.tables import CLIP_SCHEMA, CLIPS, STATE_FIELDS, Write
 from motionloom.data.cache.text import cache_text, is_trained
 from motionloom.data.cache.workers import locked
 from motionloom.data.manifest import Problem, Problems
-from motionloom.data.media import write_atomic
+from motionloom.durable import write_atomic
 from motionloom.errors import UserError
 from motionloom.text import TextEncoder, check_text_encoder
 from motionloom.tokenizers import Tokenizer, open_tokenizer

@@ -28,6 +28,7 @@ from motionloom.tokenizers import (
     fit_tokenizer,
     load_audio_tokenizer,
     load_tokenizer,
+    needs_clips,
     open_audio_tokenizer,
     open_tokenizer,
 )
@@ -115,7 +116,7 @@ def _found(
 
 
 def _new_tokenizer(recipe: Recipe, entries: Sequence[ManifestEntry], on_progress: Progress) -> Tokenizer:
-    if recipe.tokenizer.name_or_path:
+    if not needs_clips(recipe.tokenizer):
         return open_tokenizer(recipe.tokenizer)
     return fit_tokenizer(recipe.tokenizer, sample_for_fit(recipe, entries, on_progress))
 

@@ -57,7 +57,7 @@ from motionloom.data.cache.trajectories import (
 )
 from motionloom.data.cache.workers import Held, Share, locked
 from motionloom.data.manifest import Problem, Problems
-from motionloom.data.media import write_atomic
+from motionloom.durable import write_atomic
 from motionloom.errors import UserError
 from motionloom.rng import key_to_seed
 from motionloom.text import TextEncoder

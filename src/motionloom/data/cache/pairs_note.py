@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from motionloom.data.media import write_atomic
+from motionloom.durable import write_atomic
 from motionloom.errors import UserError
 
 PAIRS_FILE = "pairs.json"

@@ -35,8 +35,10 @@ def text_settings(recipe: Recipe) -> dict[str, Any]:
         "hash": ("dim", "vocab_size"),
         "hf": ("name_or_path", "dtype", "padding"),
         "ltx2": ("name_or_path", "dtype", "connectors"),
+        "classes": ("classes",),
     }[config.type]
-    found = {f"text_encoder.{name}": getattr(config, name) for name in ("type", "max_length", *names)}
+    said = config.model_dump(mode="json")  # as the cache's note keeps it
+    found = {f"text_encoder.{name}": said[name] for name in ("type", "max_length", *names)}
     return found | ({"seed": recipe.seed} if config.type == "hash" else {})
 
 

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 
 from motionloom.data.manifest import Problem, Problems
 from motionloom.data.media import MediaError
-from motionloom.data.media.write import one_line_on_failure
+from motionloom.durable import one_line_on_failure
 from motionloom.errors import UserError
 
 MAX_UNPACKED_BYTES = 2**38  # 256 GiB in all

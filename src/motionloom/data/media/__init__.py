@@ -7,7 +7,7 @@ from motionloom.data.media.info import IMAGE_SUFFIXES, VIDEO_SUFFIXES, MediaErro
 from motionloom.data.media.pixels import random_offset, resize_cover_crop
 from motionloom.data.media.read import Clip, probe, read_clip
 from motionloom.data.media.sound import SOUND_SUFFIXES, is_sound, read_sound, sound_seconds
-from motionloom.data.media.write import write_atomic, write_video
+from motionloom.data.media.write import write_video
 from motionloom.data.media.write_sound import write_sound
 
 __all__ = [
@@ -24,7 +24,6 @@ __all__ = [
     "read_sound",
     "resize_cover_crop",
     "sound_seconds",
-    "write_atomic",
     "write_sound",
     "write_video",
 ]

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from motionloom.data.media.mux import add_sound_stream, mux_sound
-from motionloom.data.media.write import one_line_on_failure, tag_bt709
-from motionloom.durable import flush
+from motionloom.data.media.write import tag_bt709
+from motionloom.durable import flush, one_line_on_failure
 from motionloom.errors import UserError
 
 if TYPE_CHECKING:

@@ -6,8 +6,6 @@ kill never leaves half a file under the final name.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import io
 import json
 import math
@@ -25,7 +23,7 @@ from PIL import Image
 
 from motionloom.data.media.info import FRAME_FOLDER_NOTE
 from motionloom.data.media.mux import add_sound_stream, mux_sound
-from motionloom.durable import flush
+from motionloom.durable import flush, one_line_on_failure, write_atomic
 from motionloom.errors import UserError
 
 if TYPE_CHECKING:
@@ -108,41 +106,6 @@ def write_video(
     else:
         write_atomic(path, _encode(_ENCODERS[suffix], frames, Fraction(fps), sound, sample_rate, quality))
     return path
-
-
-def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
-    """Put ``data`` at ``path``, whole or not at all: temporary file, fsync, rename, fsync of the folder.
-
-    Raises `UserError` when the disk is full or the place cannot be written; the old file then still stands.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}.tmp")
-    with one_line_on_failure(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        flush(path.parent)
-
-
-@contextlib.contextmanager
-def one_line_on_failure(path: Path) -> Iterator[None]:
-    """A full disk or a place that cannot be written becomes a `UserError` of one line that names ``path``."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(
-                f"{path}: the disk is full; free some space and run again (nothing was written)"
-            ) from error
-        reason = (error.strerror or str(error)).lower()
-        raise UserError(f"{path}: cannot be written ({reason}); choose another place") from error
 
 
 def _encode(

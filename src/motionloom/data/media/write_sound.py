@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from motionloom.data.media.mux import add_sound_stream, mux_sound
-from motionloom.data.media.write import write_atomic
+from motionloom.durable import write_atomic
 from motionloom.errors import UserError
 
 # Container and codec: the first two keep 16 bits of every sample.

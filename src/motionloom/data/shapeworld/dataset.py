@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from motionloom.data.manifest import ManifestEntry, Scene, write_manifest
-from motionloom.data.media import write_atomic, write_video
+from motionloom.data.media import write_video
 from motionloom.data.shapeworld.beside import (
     REFERENCES,
     ReferenceKind,
@@ -25,6 +25,7 @@ from motionloom.data.shapeworld.render import render_video
 from motionloom.data.shapeworld.sound import SAMPLE_RATE, synthesize
 from motionloom.data.shapeworld.spec import ClipSpec, Split, World
 from motionloom.data.shapeworld.story import StorySpec, sample_story, scene_captions, story_caption
+from motionloom.durable import write_atomic
 from motionloom.errors import UserError
 
 MANIFEST, CLIPS, BESIDE = "manifest.jsonl", "clips", {"reference": "references", "mask": "masks"}

@@ -1,0 +1,98 @@
+"""What a tokenizer cannot be trained with. One line each, with the fix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from motionloom.config.recipe import Recipe
+    from motionloom.config.vtp import VtpConfig
+
+JUDGED = 16
+"""Fewest pixels of a side that the perceptual network takes."""
+
+
+def vtp_misfits(r: Recipe) -> Iterator[str]:
+    """What in a recipe keeps its tokenizer from being trained."""
+    if not r.trains_tokenizer:
+        if r.tokenizer.type == "pixels":
+            yield (
+                "tokenizer.type pixels is for train.method tokenizer and decoder, not "
+                f"{r.train.method}: cache with the tokenizer that was trained"
+            )
+        return
+    c, method = r.vtp, r.train.method
+    if r.tokenizer.type != "pixels":
+        yield (
+            f"train.method {method} learns from pixels: set tokenizer.type to pixels, latent_f and latent_t "
+            "to 1, latent_d to 3"
+        )
+    if r.train.sharding != "ddp":
+        yield f"train.method {method} keeps the model whole on every rank: set train.sharding to ddp"
+    if r.lora.enabled:
+        yield f"train.method {method} trains no adapters: set lora.enabled to false"
+    if r.plan.modalities != ("video",):
+        yield f"train.method {method} sees pictures alone: set plan.modalities to [video]"
+    yield from _sizes(r)
+    if method == "decoder":
+        if not r.train.init_from:
+            yield "train.method decoder goes on from a trained tokenizer: name its run in train.init_from"
+        if not (c.l1 or c.l2 or c.perceptual):
+            yield "train.method decoder rebuilds clips: give vtp.l1, vtp.l2 or vtp.perceptual a weight"
+        return
+    if not (c.rec or c.clip or c.ssl):
+        yield "vtp.rec, vtp.clip and vtp.ssl are all 0, so there is nothing to learn: raise one"
+    if c.rec and not (c.l1 or c.l2 or c.perceptual):
+        yield "vtp.rec has no part with a weight: raise vtp.l1, vtp.l2 or vtp.perceptual"
+    if c.clip and r.train.batch_size < 2:
+        yield "vtp.clip tells a clip from others of its batch: set train.batch_size to 2 or more, or it to 0"
+    if c.clip and c.context < 3:
+        yield f"vtp.context {c.context} leaves a caption no word between its marks: set it to 3 or more"
+
+
+def _sizes(r: Recipe) -> Iterator[str]:
+    c, patch = r.vtp, 16 if r.vtp.preset else r.vtp.patch
+    sizes = r.bucketing.buckets if r.bucketing.enabled else ((r.video.width, r.video.height),)
+    for width, height in sizes:
+        for name, pixels in (("width", width), ("height", height)):
+            if pixels % patch:
+                yield f"video.{name} {pixels} is no multiple of vtp.patch {patch}: use {_near(pixels, patch)}"
+            if c.perceptual and pixels < JUDGED:
+                yield (
+                    f"vtp.perceptual looks at {JUDGED} pixels and more, and video.{name} is {pixels}: set "
+                    "vtp.perceptual to 0"
+                )
+    lengths = r.bucketing.frames if r.bucketing.enabled and r.bucketing.frames else (r.video.num_frames,)
+    groups = 1 if c.preset else c.temporal_patch
+    for frames in lengths:
+        if (frames - 1) % groups:
+            below = (frames - 1) // groups * groups + 1
+            yield (
+                f"video.num_frames {frames} is not one frame and groups of vtp.temporal_patch {groups}: use "
+                f"{below} or {below + groups}"
+            )
+    if r.train.method == "tokenizer" and c.ssl:
+        for name in ("global_size", "local_size"):
+            if (size := getattr(c, name)) % patch:
+                yield f"vtp.{name} {size} is no multiple of vtp.patch {patch}: use {_near(size, patch)}"
+        if c.ssl_frames and (c.ssl_frames - 1) % groups:
+            yield f"vtp.ssl_frames {c.ssl_frames} is not one frame and groups of {groups}: use {1 + groups}"
+    if not c.preset:
+        yield from _widths(c)
+
+
+def _widths(c: VtpConfig) -> Iterator[str]:
+    """Rotary angles take heads of a multiple of 4 numbers; the text tower has none."""
+    for name, wide, many, unit in (
+        ("width", c.width, c.heads, 4),
+        ("decoder_width", c.decoder_width or c.width, c.decoder_heads or c.heads, 4),
+        ("text_width", c.text_width, c.text_heads, 1),
+    ):
+        if wide % (many * unit):
+            yield f"vtp.{name} {wide} is no multiple of {many * unit}: use {_near(wide, many * unit)}"
+
+
+def _near(value: int, step: int) -> str:
+    below = max(value // step, 1) * step
+    return f"{below} or {below + step}"

@@ -1,0 +1,1 @@
+"""Tokenizer pre-training: contrast with words, self-distillation, rebuilding, and a judge for the decoder."""

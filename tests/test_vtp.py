@@ -1,0 +1,497 @@
+"""VTP: the released layout and numbers, time, the tokenizer protocol, words, and files that are refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from motionloom.config.recipe import TokenizerConfig
+from motionloom.errors import UserError
+from motionloom.rng import torch_generator
+from motionloom.tokenizers import fit_tokenizer, load_tokenizer, needs_clips, open_tokenizer
+from motionloom.tokenizers.vtp import PRESETS, VTPConfig, VTPModel, VtpTokenizer, Words
+from motionloom.tokenizers.vtp.layers import Drop
+from motionloom.tokenizers.vtp.tokenizer import model_fingerprint, normalised
+from motionloom.tokenizers.vtp.towers import DecoderMemory
+
+TINY = Path(__file__).parent / "vtp_tiny"
+SMALL = VTPConfig(
+    image_size=32,
+    vision_patch_size=8,
+    vision_embed_dim=32,
+    vision_depth=2,
+    vision_num_heads=2,
+    vision_feature_bottleneck=6,
+    text_context_length=12,
+    text_vocab_size=300,
+    text_embed_dim=16,
+    text_num_heads=2,
+    text_depth=1,
+    decoder_embed_dim=32,
+    decoder_num_heads=2,
+    decoder_depth=2,
+)
+
+
+def awake(config: VTPConfig, seed: int = 1) -> VTPModel:
+    """A model none of whose weights is 0, so that all of them count."""
+    model = VTPModel(config, rope="fp32")
+    model.init_weights(seed)
+    generator = torch_generator("vtp tests", seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model.eval().requires_grad_(False)
+
+
+def clips(count: int, frames: int, height: int = 16, width: int = 24) -> Tensor:
+    """Noise, uint8 (count, frames, height, width, 3)."""
+    shape = (count, frames, height, width, 3)
+    return torch.randint(0, 256, shape, generator=torch_generator("vtp clips"), dtype=torch.uint8)
+
+
+@pytest.fixture(params=[(1, 0), (2, 0), (4, 0), (1, 2), (4, 1)], ids=lambda p: f"t{p[0]}-w{p[1]}")
+def timed(request: pytest.FixtureRequest) -> VTPConfig:
+    patch, window = request.param
+    return replace(SMALL, temporal_patch=patch, temporal_window=window)
+
+
+@pytest.fixture
+def tokenizer(timed: VTPConfig) -> VtpTokenizer:
+    return VtpTokenizer.measured(awake(timed), list(clips(4, 9)))
+
+
+# The released models
+
+
+def test_all_seven_outputs_are_those_of_the_released_code() -> None:
+    golden, model = load_file(TINY / "golden.safetensors"), VTPModel.from_pretrained(TINY)
+    image, text = golden["image"], golden["text"]
+    with torch.no_grad():
+        features = model.get_last_layer_feature(image)
+        found = {
+            "latents": model.get_reconstruction_latents(image),
+            "decoded": model.get_latents_decoded_images(golden["latents"]),
+            "cls": features["cls_token"],
+            "patch": features["patch_tokens"],
+            "clip_image": model.get_clip_image_feature(image),
+            "clip_text": model.get_clip_text_feature(text),
+            "logits": model.get_clip_logits(image, text)[0],
+        }
+    assert set(found) | {"image", "text"} == set(golden)
+    for name, value in found.items():
+        torch.testing.assert_close(value, golden[name], atol=1e-4, rtol=0, msg=name)
+
+
+def test_angles_in_fp32_differ_from_the_released_ones_a_little() -> None:
+    golden = load_file(TINY / "golden.safetensors")
+    with torch.no_grad():
+        latents = VTPModel.from_pretrained(TINY, rope="fp32").get_reconstruction_latents(golden["image"])
+    apart = (latents - golden["latents"]).abs().max()
+    assert 1e-4 < apart < 0.1
+
+
+@pytest.mark.parametrize(
+    ("letter", "tensors", "millions"), [("S", 477, 167.18), ("B", 477, 295.64), ("L", 789, 731.57)]
+)
+def test_presets_have_the_released_tensors_and_sizes(letter: str, tensors: int, millions: float) -> None:
+    with torch.device("meta"):
+        model = VTPModel(PRESETS[letter])
+    assert len(model.state_dict()) == tensors
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, abs=0.01)
+
+
+def test_names_and_shapes_are_the_released_ones() -> None:
+    """Those of the spec's list that no toy fixture pins: of the largest preset."""
+    with torch.device("meta"):
+        shapes = {name: tuple(t.shape) for name, t in VTPModel(PRESETS["L"]).state_dict().items()}
+    assert shapes["trunk.patch_embed.proj.weight"] == (1024, 3, 16, 16)
+    assert shapes["trunk.blocks.23.mlp.w1.weight"] == (2736, 1024)
+    assert shapes["trunk.rope_embed.periods"] == (16,)
+    assert shapes["trunk.feature_bottleneck.weight"] == (64, 1024)
+    assert shapes["pixel_decoder.proj_in.weight"] == (1024, 64, 1, 1)
+    assert shapes["pixel_decoder.proj_out.weight"] == (768, 1024, 1, 1)
+    assert shapes["visual_proj.weight"] == (768, 1024)
+    assert shapes["text_transformer.resblocks.11.attn.in_proj_weight"] == (2304, 768)
+    assert shapes["token_embedding.weight"] == (49408, 768)
+    assert shapes["logit_scale"] == ()
+
+
+def test_periods_are_those_of_the_released_file() -> None:
+    stored = load_file(TINY / "model.safetensors")["trunk.rope_embed.periods"]
+    own = VTPModel(VTPConfig.read(TINY / "config.json")).trunk.rope_embed.periods
+    assert stored.dtype == own.dtype == torch.bfloat16
+    assert torch.equal(stored, own)
+
+
+def test_saved_loaded_and_saved_the_bytes_are_equal(tmp_path: Path) -> None:
+    model = VTPModel.from_pretrained(TINY)
+    model.save_pretrained(tmp_path / "a")
+    VTPModel.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    theirs, ours = (load_file(folder / "model.safetensors") for folder in (TINY, tmp_path / "a"))
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+    said = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert said.items() <= json.loads((TINY / "config.json").read_text()).items()
+
+
+def test_the_text_mask_is_not_stored_and_ends_at_the_end_mark() -> None:
+    model = awake(SMALL)
+    assert not [name for name in model.state_dict() if "mask" in name and "mask_token" not in name]
+    tokens = torch.tensor([[298, 5, 7, 299, 0, 0, 0, 0, 0, 0, 0, 0]])
+    other = tokens.clone()
+    other[0, 4:] = 9  # behind the end mark: not read
+    assert torch.equal(model.clip_text(tokens), model.clip_text(other))
+    torch.testing.assert_close(model.clip_text(tokens), model.clip_text(tokens[:, :4]), atol=1e-5, rtol=0)
+
+
+def test_intermediate_layers_end_in_the_last_one() -> None:
+    model, image = awake(SMALL), torch.randn(2, 3, 16, 24, generator=torch_generator("image"))
+    last = model.get_last_layer_feature(image)
+    (first, _), (second, second_cls) = model.get_intermediate_layers_feature(
+        image, 2, return_class_token=True
+    )
+    assert torch.equal(second, last["patch_tokens"])
+    assert torch.equal(second_cls, last["cls_token"])
+    assert not torch.equal(first, second)
+    (grid,) = model.get_intermediate_layers_feature(image, [1], reshape=True)
+    assert isinstance(grid, Tensor)
+    assert grid.shape == (2, 32, 2, 3)
+    assert torch.equal(grid.flatten(2).movedim(1, 2), second)
+    narrow = model.get_last_layer_feature(image, use_bottleneck=True)
+    assert narrow["cls_token"].shape == (2, 6)
+    assert torch.equal(model(image, forward_type="feature")["patch_tokens"], narrow["patch_tokens"])
+
+
+def test_forward_has_the_three_released_ways() -> None:
+    model, image = awake(SMALL), torch.randn(2, 3, 16, 24, generator=torch_generator("image"))
+    made = model(image, forward_type="rec")
+    assert made["latents"].shape == (2, 6, 2, 3)
+    assert made["reconstructed_image"].shape == image.shape
+    text = torch.tensor([[298, 5, 299] + [0] * 9])
+    both = model(image, text)
+    logits, transposed = model.get_clip_logits(image, text)
+    torch.testing.assert_close(logits, both["logit_scale"] * both["image_features"] @ both["text_features"].T)
+    assert torch.equal(logits, transposed.T)
+
+
+# Time
+
+
+def test_an_image_is_a_clip_of_one_frame_whatever_the_groups(timed: VTPConfig) -> None:
+    plain, clip = awake(SMALL), awake(timed)
+    own = clip.state_dict()
+    own.update({name: value for name, value in plain.state_dict().items() if name in own})
+    clip.load_state_dict(own)
+    for part in (clip.trunk, clip.pixel_decoder):
+        for layer in part.look_back or ():
+            layer.init_start()  # type: ignore[operator]
+    image = torch.randn(2, 3, 16, 24, generator=torch_generator("image"))
+    torch.testing.assert_close(
+        clip.get_reconstruction_latents(image), plain.get_reconstruction_latents(image), atol=1e-5, rtol=0
+    )
+    z = plain.get_reconstruction_latents(image)
+    torch.testing.assert_close(
+        clip.get_latents_decoded_images(z), plain.get_latents_decoded_images(z), atol=1e-5, rtol=0
+    )
+
+
+def test_without_groups_every_frame_is_an_image() -> None:
+    model, x = awake(SMALL), normalised(clips(2, 3))
+    images = torch.stack([model.get_reconstruction_latents(x[:, n]) for n in range(3)], dim=1)
+    torch.testing.assert_close(model.encode(x).movedim(-1, 2), images, atol=1e-5, rtol=0)
+
+
+def test_nothing_comes_from_later_frames(timed: VTPConfig) -> None:
+    model, x = awake(timed), normalised(clips(1, 9))
+    z = model.encode(x)
+    changed = x.clone()
+    changed[:, 5:] += 1.0  # the latent frames behind pixel frame 4
+    keep = 5 if timed.temporal_patch == 1 else 1 + 4 // timed.temporal_patch
+    assert torch.equal(model.encode(changed)[:, :keep], z[:, :keep])
+    assert not torch.equal(model.encode(changed)[:, keep:], z[:, keep:])
+    later = z.clone()
+    later[:, keep:] += 1.0
+    shown = model.pixel_decoder(z)
+    assert torch.equal(model.pixel_decoder(later)[:, :5], shown[:, :5])
+    assert not torch.equal(model.pixel_decoder(later)[:, 5:], shown[:, 5:])
+
+
+def test_a_look_back_sees_as_far_as_its_window() -> None:
+    model = awake(replace(SMALL, temporal_window=1, vision_depth=1, decoder_depth=1))
+    x = normalised(clips(1, 4))
+    changed = x.clone()
+    changed[:, 0] += 1.0
+    moved = [not torch.equal(a, b) for a, b in zip(model.encode(x)[0], model.encode(changed)[0], strict=True)]
+    assert moved == [True, True, False, False]
+
+
+def test_decoding_piece_by_piece_is_decoding_at_once(timed: VTPConfig) -> None:
+    model = awake(timed)
+    z, memory = model.encode(normalised(clips(2, 13))), DecoderMemory()
+    pieces = [model.pixel_decoder.go_on(part, memory) for part in z.split([2, 1, z.shape[1] - 3], dim=1)]
+    torch.testing.assert_close(torch.cat(pieces, dim=1), model.pixel_decoder(z), atol=1e-5, rtol=0)
+
+
+# The tokenizer
+
+
+def test_latents_have_the_declared_shape_and_unit_statistics(tokenizer: VtpTokenizer) -> None:
+    video = clips(4, 9)
+    z = tokenizer.encode(video)
+    assert z.shape == (4, *tokenizer.spec.latent_grid(9, 16, 24), 6)
+    assert tokenizer.spec.pixel_frames(z.shape[1]) == 9
+    for part in (z[:, :1], z[:, 1:]) if tokenizer.spec.first_alone else (z,):
+        flat = part.flatten(0, 3)
+        torch.testing.assert_close(flat.mean(dim=0), torch.zeros(6), atol=1e-4, rtol=0)
+        torch.testing.assert_close(flat.std(dim=0, correction=0), torch.ones(6), atol=1e-3, rtol=0)
+    back = tokenizer.decode(z)
+    assert (back.dtype, back.shape) == (torch.uint8, video.shape)
+
+
+def test_streams_are_decoded_as_the_whole_to_the_bit(tokenizer: VtpTokenizer) -> None:
+    z = tokenizer.encode(clips(2, 13))
+    whole = tokenizer.decode(z)
+    for sizes in ([1] * z.shape[1], [2, z.shape[1] - 2]):
+        assert torch.equal(torch.cat(list(tokenizer.stream_decode(z.split(sizes, dim=1))), dim=1), whole)
+
+
+def test_a_stream_taken_up_again_gives_the_same_pixels(tokenizer: VtpTokenizer) -> None:
+    z = tokenizer.encode(clips(1, 29))
+    latent = z.shape[1] - 2
+    begin = tokenizer.resume_from(latent)
+    assert begin <= latent
+    behind = tokenizer.spec.pixel_frames(z.shape[1]) - tokenizer.spec.pixel_frames(latent)
+    again = torch.cat(list(tokenizer.stream_decode([z[:, begin:]])), dim=1)
+    assert torch.equal(again[:, -behind:], tokenizer.decode(z)[:, -behind:])
+
+
+def test_a_stream_keeps_no_more_than_its_window() -> None:
+    model, memory = awake(replace(SMALL, temporal_window=2)), DecoderMemory()
+    z = torch.randn(1, 9, 2, 3, 6, generator=torch_generator("z"))
+    kept = []
+    for frame in z.split(1, dim=1):
+        model.pixel_decoder.go_on(frame, memory)
+        assert memory.past is not None
+        kept.append(sum(k.numel() + v.numel() for k, v in memory.past))
+    assert kept[1:] == [kept[1]] * 8
+
+
+def test_saved_and_loaded_it_is_the_same(tokenizer: VtpTokenizer, tmp_path: Path) -> None:
+    tokenizer.save(tmp_path / "a")
+    loaded = load_tokenizer(tmp_path / "a")
+    loaded.save(tmp_path / "b")
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert loaded.fingerprint() == tokenizer.fingerprint()
+    # RoPE in fp32, as the tests' models have it, is among what is remembered.
+    assert torch.equal(loaded.encode(clips(1, 9)), tokenizer.encode(clips(1, 9)))
+
+
+def test_fingerprints_tell_weights_and_settings_apart() -> None:
+    first, same, other = awake(SMALL, 1), awake(SMALL, 1), awake(SMALL, 2)
+    few, more = list(clips(2, 9)), list(clips(4, 9))
+    a, b, c = (VtpTokenizer.measured(m, few).fingerprint() for m in (first, same, other))
+    d = VtpTokenizer.measured(first, more).fingerprint()
+    assert a == b
+    assert len({a, c, d}) == 3
+    assert d.startswith(model_fingerprint(first))
+    assert not c.startswith(model_fingerprint(first))
+
+
+def test_bf16_is_near_fp32() -> None:
+    model, video = awake(SMALL), clips(2, 9)
+    fine = VtpTokenizer.measured(model, list(video))
+    coarse = VtpTokenizer(model, fine.mean_KC.tolist(), fine.std_KC.tolist(), "bf16")
+    z, rough = fine.encode(video), coarse.encode(video)
+    assert 0 < (z - rough).square().mean().sqrt() < 0.05
+
+
+def test_a_released_folder_is_measured_on_the_first_clips(tmp_path: Path) -> None:
+    awake(SMALL).save_pretrained(tmp_path)
+    config = TokenizerConfig(
+        type="vtp", name_or_path=str(tmp_path), latent_f=8, latent_t=1, latent_d=6, rope="fp32"
+    )
+    assert needs_clips(config)
+    with pytest.raises(UserError, match="have not been measured: cache clips with"):
+        open_tokenizer(config)
+    fitted = fit_tokenizer(config, list(clips(4, 9)))
+    fitted.save(tmp_path / "measured")
+    again = config.model_copy(update={"name_or_path": str(tmp_path / "measured")})
+    assert not needs_clips(again)
+    assert open_tokenizer(again).fingerprint() == fitted.fingerprint()
+    coarse = open_tokenizer(again.model_copy(update={"precision": "bf16"}))
+    assert coarse.fingerprint() != fitted.fingerprint()
+
+
+# Training
+
+
+def test_a_mask_hides_what_it_covers() -> None:
+    model, x = awake(SMALL), normalised(clips(1, 2))
+    mask = torch.zeros(1, 2, 6, dtype=torch.bool)
+    mask[:, :, 0] = True
+    changed = x.clone()
+    changed[..., :8, :8] += 1.0
+    hidden, shown = (model.trunk(v, mask).patches_BFND for v in (x, changed))
+    assert torch.equal(hidden, shown)
+    assert not torch.equal(model.trunk(x).patches_BFND, hidden)
+
+
+def test_layers_left_out_of_a_batch_are_made_up_for() -> None:
+    x, layer = torch.ones(1000, 1), lambda part: part
+    drop = Drop(0.25, torch_generator("drop"))
+    found = drop.add(x, layer)
+    assert found.mean() == pytest.approx(2.0)
+    assert sorted(found.unique().tolist()) == pytest.approx([1.0, 1 + 1000 / 750])
+    assert torch.equal(Drop(0.0, torch_generator("drop")).add(x, layer), 2 * x)
+
+
+# Words
+
+
+def test_texts_are_clips_tokens() -> None:
+    ids = Words(8)(["A Cat &amp; a dog", "a  photo\nof a very long sentence that goes on"])
+    # Of CLIP's own vocabulary: a 320, cat 2368, & 261, dog 1929, photo 1125, of 539, very 1070, long 1538.
+    assert ids.tolist() == [
+        [49406, 320, 2368, 261, 320, 1929, 49407, 0],
+        [49406, 320, 1125, 539, 320, 1070, 1538, 49407],
+    ]
+
+
+def test_a_vocabulary_of_ones_own_is_learned_saved_and_read(tmp_path: Path) -> None:
+    texts = ["a red circle moves left", "a blue square moves right", "a red square stays"]
+    words = Words.learned(texts, 12, 300)
+    ids = words(texts)
+    assert ids.shape == (3, 12)
+    assert (ids.argmax(dim=1) == (ids == words.size - 1).int().argmax(dim=1)).all()
+    words.save(tmp_path)
+    assert torch.equal(Words.load(tmp_path, 12, words.size)(texts), ids)
+    assert torch.equal(Words.learned(texts, 12, 300)(texts), ids)
+    assert len({tuple(row) for row in ids.tolist()}) == 3
+    with pytest.raises(UserError, match="they are not of one model"):
+        Words.load(tmp_path, 12, 512)
+
+
+@pytest.mark.parametrize("text", ["", "  \n"])
+def test_empty_texts_are_refused(text: str) -> None:
+    with pytest.raises(UserError, match="caption 2 of 2 is empty"):
+        Words(8)(["a cat", text])
+
+
+def test_a_small_vocabulary_without_its_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"words\.json is missing and text_vocab_size is 300"):
+        Words.load(tmp_path, 12, 300)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ((9, 16, 20), "width 20 does not divide by the tokenizer's 8 pixels per cell: use 16 or 24"),
+        ((9, 4, 24), "height 4 does not divide by the tokenizer's 8 pixels per cell: use 8 or 16"),
+        (
+            (8, 16, 24),
+            "8 frames do not divide into the tokenizer's groups of 4 after a first frame alone: use 5 or 9",
+        ),
+    ],
+)
+def test_other_sizes_are_refused_with_the_nearest_named(size: tuple[int, int, int], message: str) -> None:
+    model = awake(replace(SMALL, temporal_patch=4))
+    tokenizer = VtpTokenizer.measured(model, list(clips(2, 9)))
+    with pytest.raises(UserError, match=message):
+        tokenizer.encode(clips(1, *size))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ((1, 5, 3, 16, 20), "width 20 is no multiple of VTP's patch of 8: use 16 or 24"),
+        ((1, 5, 3, 7, 16), "height 7 is no multiple of VTP's patch of 8: use 8 or 16"),
+        ((1, 7, 3, 16, 16), "7 frames are not one and groups of 4: use 5 or 9"),
+    ],
+)
+def test_the_model_refuses_them_as_well(shape: tuple[int, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        awake(replace(SMALL, temporal_patch=4)).encode(torch.zeros(shape))
+
+
+def folder(tmp_path: Path, **said: object) -> Path:
+    """A whole folder, its config changed."""
+    awake(SMALL).save_pretrained(tmp_path)
+    content = json.loads((tmp_path / "config.json").read_text()) | said
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"model_type": "clip"}, "model_type is 'clip' and not 'vtp'"),
+        ({"vision_registers": 4}, "vision_registers is unknown here"),
+        ({"vision_depth": 0}, "vision_depth is 0, not a whole number above 0"),
+        ({"vision_depth": "2"}, "vision_depth is '2', not a whole number above 0"),
+        ({"vision_num_heads": 3}, "vision_embed_dim 32 is not 3 heads of a multiple of 4"),
+        ({"vision_ffn_layer": "mlp"}, "vision_ffn_layer is 'mlp'; this version has 'swiglu'"),
+        ({"text_pool_type": "last"}, "text_pool_type is 'last'"),
+        ({"temporal_patch": 3}, "temporal_patch is 3, none of 1, 2, 4"),
+        ({"temporal_window": -1}, "temporal_window is -1"),
+        ({"vision_depth": 3}, "it lacks trunk.blocks.2"),
+        ({"vision_depth": 1}, "config.json knows no trunk.blocks.1"),
+        ({"decoder_embed_dim": 64}, "and config.json says"),
+    ],
+)
+def test_damaged_folders_are_refused(tmp_path: Path, said: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        VTPModel.from_pretrained(folder(tmp_path, **said))
+    assert "\n" not in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_files_that_are_cut_or_not_finite_are_refused(tmp_path: Path) -> None:
+    file = folder(tmp_path) / "model.safetensors"
+    tensors = load_file(file)
+    save_file({**tensors, "logit_scale": torch.tensor(float("nan"))}, file)
+    with pytest.raises(UserError, match="logit_scale is not finite"):
+        VTPModel.from_pretrained(tmp_path)
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError, match=r"model\.safetensors: not readable"):
+        VTPModel.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"config\.json: not readable"):
+        VTPModel.from_pretrained(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"mean": [[0.0] * 5]}, "5 means for latents of 6 numbers"),
+        ({"std": [[0.0] * 6]}, "deviations of its latents are not all above 0"),
+        ({"mean": [[0.0] * 6, [0.0] * 6]}, "mean has not 1 rows of 6 numbers"),
+        ({"mean": "none"}, "mean"),
+        ({"rope": "fp16"}, "rope"),
+    ],
+)
+def test_damaged_statistics_are_refused(tmp_path: Path, said: dict[str, object], message: str) -> None:
+    VtpTokenizer.measured(awake(SMALL), list(clips(2, 9))).save(tmp_path)
+    note = tmp_path / "tokenizer.json"
+    note.write_text(json.dumps(json.loads(note.read_text()) | said))
+    with pytest.raises(UserError, match=message) as caught:
+        load_tokenizer(tmp_path)
+    assert str(note) in str(caught.value)
+
+
+def test_clips_without_variation_are_refused() -> None:
+    with pytest.raises(UserError, match="a channel of VTP's latents is the same in all clips"):
+        VtpTokenizer.measured(awake(SMALL), [torch.zeros(1, 8, 8, 3, dtype=torch.uint8)])
+    with pytest.raises(UserError, match="there is none"):
+        VtpTokenizer.measured(awake(SMALL), [])
