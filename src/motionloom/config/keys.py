@@ -123,7 +123,9 @@ def nearest(dotted: str) -> str | None:
         corrected = get_close_matches(section, sections(), 1)
         if corrected and f"{corrected[0]}.{name}" in keys():
             return f"{corrected[0]}.{name}"
-    named_so = [key for key in keys() if key.rpartition(".")[2] == name]
+    # A tokenizer of one's own has a width and blocks as well: it is meant only where nothing else is named.
+    elsewhere = [key for key in keys() if section in ("", "vtp") or not key.startswith("vtp.")]
+    named_so = [key for key in elsewhere if key.rpartition(".")[2] == name]
     if named_so:
         return max(named_so, key=lambda key: SequenceMatcher(None, key, dotted).ratio())
     if name in _ELSEWHERE:
