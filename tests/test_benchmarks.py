@@ -41,3 +41,14 @@ def test_streams_are_measured_beside_other_ways(wan: bool) -> None:
     assert ratio["median"] == pytest.approx(2 * 4 / 5, rel=0.05)
     assert ratio["met"] is False
     assert found["long"]["most memory, MB"] > 0
+
+
+@pytest.mark.slow
+def test_tokenizers_are_measured_bare_and_through_the_cache() -> None:
+    quick = ["--layers", "1", "--size", "32", "--clips", "4", "--rounds", "1", "--latents", "8"]
+    command = [sys.executable, str(BENCHMARKS / "tokenizer.py"), *quick, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["encoding"]["ratio"] > 0
+    assert found["decoding"]["constant"]

@@ -23,7 +23,6 @@ from motionloom.rng import key_to_seed
 from motionloom.tokenizers import (
     AudioTokenizer,
     Tokenizer,
-    VaeTokenizer,
     fit_audio_tokenizer,
     fit_tokenizer,
     load_audio_tokenizer,
@@ -51,10 +50,9 @@ class Makers:
         """Move what computes much to a GPU, where there is one."""
         if not torch.cuda.is_available():
             return
-        if isinstance(self.tokenizer, VaeTokenizer):
-            self.tokenizer.to("cuda")
-        if self.audio is not None and hasattr(self.audio, "to"):
-            self.audio.to("cuda")
+        for maker in (self.tokenizer, self.audio):
+            if maker is not None and hasattr(maker, "to"):
+                maker.to("cuda")
 
 
 def settle_makers(
