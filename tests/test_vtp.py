@@ -303,8 +303,9 @@ def test_fingerprints_tell_weights_and_settings_apart() -> None:
     d = VtpTokenizer.measured(first, more).fingerprint()
     assert a == b
     assert len({a, c, d}) == 3
-    assert d.startswith(model_fingerprint(first))
-    assert not c.startswith(model_fingerprint(first))
+    assert d.startswith(model_fingerprint(first, "fp32"))
+    assert not c.startswith(model_fingerprint(first, "fp32"))
+    assert not a.startswith(model_fingerprint(first, "bf16"))
 
 
 def test_bf16_is_near_fp32() -> None:
@@ -444,6 +445,9 @@ def folder(tmp_path: Path, **said: object) -> Path:
         ({"vision_num_heads": 3}, "vision_embed_dim 32 is not 3 heads of a multiple of 4"),
         ({"vision_ffn_layer": "mlp"}, "vision_ffn_layer is 'mlp'; this version has 'swiglu'"),
         ({"text_pool_type": "last"}, "text_pool_type is 'last'"),
+        ({"vision_bottleneck_ae_only": False}, "vision_bottleneck_ae_only is False; this version has True"),
+        ({"init_logit_scale": "x"}, "init_logit_scale is 'x', not a number"),
+        ({"vision_mlp_ratio": "4"}, "vision_mlp_ratio is '4', not a number above 0"),
         ({"temporal_patch": 3}, "temporal_patch is 3, none of 1, 2, 4"),
         ({"temporal_window": -1}, "temporal_window is -1"),
         ({"vision_depth": 3}, "it lacks trunk.blocks.2"),

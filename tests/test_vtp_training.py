@@ -18,7 +18,7 @@ from cached import make_world
 from motionloom.cli.main import main
 from motionloom.cli.tokenizer_run import TokenizerParts, TokenizerPreviews, assemble_tokenizer
 from motionloom.config import Recipe
-from motionloom.config.load import dump_recipe
+from motionloom.config.load import dump_recipe, load_recipe
 from motionloom.data.batch import Batch
 from motionloom.data.cache import Cache, build_cache, open_cache
 from motionloom.data.manifest import ManifestEntry, read_entry, write_manifest
@@ -144,7 +144,7 @@ def test_each_loss_alone_falls_on_one_batch(name: str, cache: Cache) -> None:
     found = []
     for _ in range(30):
         # The same draws in every step, so that it is one number that falls.
-        loss = method.losses(batch, context()).loss_B.mean()
+        loss = method.losses(batch, context(1)).loss_B.mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -400,10 +400,41 @@ def test_clips_without_words_are_refused_before_the_first_step(
 
 def test_another_model_than_the_one_to_start_from_is_refused(cache: Cache, tmp_path: Path) -> None:
     first = run(recipe(), cache, tmp_path / "first")
-    asked = recipe(vtp={"width": 64}, train={"init_from": str(first)})
-    with pytest.raises(UserError, match=r"vtp\."):
-        run(asked, cache, tmp_path / "second")
+    for change, said in (({"width": 64}, "vision_embed_dim 32"), ({"text_heads": 4}, "text_num_heads 2")):
+        with pytest.raises(UserError, match=f"its model has {said}"):
+            assemble_tokenizer(recipe(vtp=change, train={"init_from": str(first)}), cache, Ranks())
 
 
-def test_a_recipe_is_written_and_read_again() -> None:
-    assert "temporal_patch: 4" in dump_recipe(recipe())
+def test_a_recipe_is_written_and_read_again(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text(dump_recipe(recipe()))
+    assert load_recipe(tmp_path / "a.yaml") == recipe()
+
+
+def test_a_run_without_words_is_not_gone_on_from_with_them(cache: Cache, tmp_path: Path) -> None:
+    first = run(recipe(vtp={"clip": 0.0}), cache, tmp_path / "first")
+    assert not any("text" in name or "token_embedding" in name for name in tensors_of(first, 4, "model"))
+    with pytest.raises(UserError, match="was trained without captions"):
+        assemble_tokenizer(recipe(train={"init_from": str(first)}), cache, Ranks())
+
+
+def test_another_rope_than_the_run_to_start_from_is_refused(cache: Cache, tmp_path: Path) -> None:
+    first = run(recipe(), cache, tmp_path / "first")
+    with pytest.raises(UserError, match=r"was trained with vtp\.rope fp32, the recipe says bf16"):
+        assemble_tokenizer(recipe(vtp={"rope": "bf16"}, train={"init_from": str(first)}), cache, Ranks())
+
+
+def test_pictures_are_judged_at_the_layer_of_the_first_frame(cache: Cache, tmp_path: Path) -> None:
+    first = run(recipe(), cache, tmp_path / "first")
+    parts = assemble_tokenizer(recipe("decoder", train={"init_from": str(first)}), cache, Ranks())
+    batch = batch_of(parts)
+    one = replace(batch, latents={"video": replace(batch.video, x_BFHWC=batch.video.x_BFHWC[:, :1])})
+    assert parts.method.losses(one, context(2, "decoder")).logs["gan_weight"] > 0
+
+
+def test_a_filled_folder_is_not_written_into(cache: Cache, tmp_path: Path) -> None:
+    run_dir = run(recipe(), cache, tmp_path / "run")
+    _command("convert", str(run_dir), str(tmp_path / "out"))
+    for more in ([str(tmp_path / "out")], [str(tmp_path / "new"), "--dtype", "bf16"]):
+        with pytest.raises(SystemExit) as end:
+            main_of("convert", str(run_dir), *more)
+        assert end.value.code == 2

@@ -22,8 +22,8 @@ def flush(path: Path) -> None:
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     """Put ``data`` at ``path``, whole or not at all: see :func:`whole_file`."""
-    with whole_file(path) as temporary:
-        temporary.write_bytes(data)
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        file.write(data)
 
 
 @contextlib.contextmanager

@@ -60,6 +60,12 @@ def run(source: Path, target: Path, wish: Wish, as_json: bool) -> None:
     check_target(target)
     shard_bytes = parse_bytes(wish.shard_size)
     if (trained := convert_tokenizer.tokenizer_checkpoint(source)) is not None:
+        plain = Wish("diffusers", "keep", "", "", "5GB", wish.raw, wish.cache)
+        if wish != plain or target.suffix == ".safetensors":
+            raise UserError(
+                f"{source} trained a tokenizer, which is a folder of one layout: leave out --to, "
+                "--dtype, --family, --preset and --shard-size"
+            )
         convert_tokenizer.run(trained, target, wish.cache, wish.raw, console)
         return
     if wish.cache is not None:

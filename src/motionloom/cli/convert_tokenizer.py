@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from motionloom.cli.console import Out
+from motionloom.durable import write_atomic
 from motionloom.errors import UserError
 
 if TYPE_CHECKING:
@@ -39,6 +41,8 @@ def run(saved: Checkpoint, target: Path, cache_path: Path | None, raw: bool, out
     from motionloom.tokenizers.vtp import VTPConfig, VTPModel, VtpTokenizer
     from motionloom.tokenizers.vtp.words import WORDS
 
+    if any(target.glob("*")):
+        raise UserError(f"{target}: is not empty; name a new folder")
     described = saved.folder / "vtp"
     cache = None if cache_path is None else open_cache(cache_path)
     if cache is not None and cache.latent_shape(next(iter(cache.buckets)))[-1] != 3:
@@ -50,7 +54,7 @@ def run(saved: Checkpoint, target: Path, cache_path: Path | None, raw: bool, out
     if cache is None:
         model.save_pretrained(target)
         if words is not None:
-            (target / WORDS).write_bytes((words / WORDS).read_bytes())
+            write_atomic(target / WORDS, (words / WORDS).read_bytes())
     else:
         VtpTokenizer.measured(model, _clips(cache), words=words).save(target)
     told = (
@@ -74,10 +78,11 @@ def _rope(saved: Checkpoint) -> RopePrecision:
     return load_recipe(saved.folder / "recipe.yaml").vtp.rope
 
 
-def _clips(cache: Cache) -> list[Tensor]:
-    """The first clips in order of a hash, whatever their order in the cache, uint8 (P, H, W, 3)."""
+def _clips(cache: Cache) -> Iterator[Tensor]:
+    """The first clips in order of a hash, whatever their order in the cache: uint8 (P, H, W, 3)."""
     from motionloom.rng import key_to_seed
 
     numbers = sorted(range(len(cache)), key=lambda n: key_to_seed("fit", cache.ids[n]))[:MEASURED_CLIPS]
     pixels = cache.tokenizer()
-    return [row.decode(pixels) for row in cache.rows(numbers)]
+    for number in numbers:
+        yield cache.row(number).decode(pixels)

@@ -105,8 +105,9 @@ def _tokenizer(recipe: Recipe) -> dict[str, Any]:
 
     c = recipe.vtp
     words = PRESETS[c.preset].text_vocab_size if c.preset else c.vocab_size
+    side = max(recipe.video.width, recipe.video.height)
     with torch.device("meta"):
-        model = VTPModel(model_config(c, max(recipe.video.width, recipe.video.height), words), c.rope)
+        model = VTPModel(model_config(c, side, words, rebuilt=True), c.rope)
     return inspect_tokenizer(recipe, model)
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from motionloom.cli.adapters import with_whole_paths
-from motionloom.config import Recipe
+from motionloom.config import Recipe, load_recipe
 from motionloom.data.cache import Cache
 from motionloom.data.loader import Loader
 from motionloom.data.sheets import contact_sheet
@@ -24,7 +24,6 @@ from motionloom.tokenizers.vtp import VTPConfig, VTPModel, Words
 from motionloom.tokenizers.vtp.config import CLIP_VOCAB
 from motionloom.tokenizers.vtp.folder import CONFIG
 from motionloom.tokenizers.vtp.tokenizer import as_pixels
-from motionloom.tokenizers.vtp.words import WORDS
 from motionloom.train import checkpoint
 from motionloom.train.loop import OnSample, Trainer, Weights
 from motionloom.train.method import Method
@@ -95,10 +94,17 @@ def assemble_tokenizer(recipe: Recipe, cache: Cache, ranks: Ranks) -> TokenizerP
         )
     loader = Loader(cache, recipe, ranks.rank, ranks.world)
     heldout = Loader(cache, recipe, ranks.rank, ranks.world, split="heldout")
-    words, told = _words(recipe, cache, loader)
-    size = recipe.vtp.vocab_size if words is None else words.size
-    side = max(recipe.video.width, recipe.video.height)
-    model = VTPModel(model_config(recipe.vtp, side, size), recipe.vtp.rope)
+    base = _base(recipe)
+    words, told = _words(recipe, cache, loader, base)
+    size = words.size if words is not None else (CLIP_VOCAB if recipe.vtp.preset else recipe.vtp.vocab_size)
+    side, rebuilt = (
+        max(recipe.video.width, recipe.video.height),
+        bool(recipe.vtp.rec) or _second_stage(recipe),
+    )
+    config = model_config(recipe.vtp, side, size, rebuilt=rebuilt)
+    if base is not None:
+        _require_same(recipe, config, base)
+    model = VTPModel(config, recipe.vtp.rope)
     model.init_weights(recipe.seed)
     notes = list(told)
     if recipe.train.compile:
@@ -112,35 +118,75 @@ def assemble_tokenizer(recipe: Recipe, cache: Cache, ranks: Ranks) -> TokenizerP
     return TokenizerParts(recipe, cache, model, words, method, loader, heldout, ranks, tuple(notes))
 
 
-def _words(recipe: Recipe, cache: Cache, loader: Loader) -> tuple[Words | None, list[str]]:
+def _second_stage(recipe: Recipe) -> bool:
+    return recipe.train.method == "decoder"
+
+
+def _base(recipe: Recipe) -> Path | None:
+    """What it goes on from: its own newest checkpoint, for a resume, or that of ``train.init_from``."""
+    own = checkpoint.latest(Path(recipe.output_dir) / recipe.experiment_name)
+    if own is not None and (own / FOLDER).is_dir():
+        return own
+    if not recipe.train.init_from:
+        return None
+    found = checkpoint.load(Path(recipe.train.init_from), verify=False).folder
+    if not (found / FOLDER).is_dir():
+        raise UserError(
+            f"train.init_from {recipe.train.init_from}: trained no tokenizer; name a run that did"
+        )
+    return found
+
+
+def _require_same(recipe: Recipe, config: VTPConfig, base: Path) -> None:
+    """Raises UserError where the model of a recipe is another than the one that it goes on from."""
+    theirs = VTPConfig.read(base / FOLDER / CONFIG)
+    free = {"image_size", "init_logit_scale", "init_logit_bias"}
+    for field in fields(config):
+        mine, other = getattr(config, field.name), getattr(theirs, field.name)
+        if mine != other and field.name not in free:
+            raise UserError(
+                f"{base}: its model has {field.name} {other} and the recipe's vtp section asks for {mine}: "
+                "go on with the section that it was trained with"
+            )
+    rope = load_recipe(base / "recipe.yaml").vtp.rope
+    if rope != recipe.vtp.rope:
+        raise UserError(
+            f"{base}: was trained with vtp.rope {rope}, the recipe says {recipe.vtp.rope}: set it"
+        )
+
+
+def _words(recipe: Recipe, cache: Cache, loader: Loader, base: Path | None) -> tuple[Words | None, list[str]]:
     """The vocabulary: of the run it goes on from, CLIP's, or one that the captions of training make."""
     c = recipe.vtp
-    if recipe.train.init_from:
-        folder = checkpoint.load(Path(recipe.train.init_from)).folder / FOLDER
-        config = VTPConfig.read(folder / CONFIG)
-        known = (folder / WORDS).is_file() or config.text_vocab_size == CLIP_VOCAB
-        if not known:
-            return None, []
-        return Words.load(folder, config.text_context_length, config.text_vocab_size), []
-    if c.clip:
-        _require_captions(cache)
-    if c.preset or c.vocab_size == CLIP_VOCAB:
-        return (Words(77 if c.preset else c.context) if c.clip else None), []
-    texts = [" ".join(row["captions"]) for row in cache.metadata(loader.row_numbers())]
-    if not any(text.strip() for text in texts):
+    if not c.clip:
         return None, []
+    if not _second_stage(recipe):
+        _require_captions(cache)
+    if base is not None:
+        config = VTPConfig.read(base / FOLDER / CONFIG)
+        if not config.train_clip:
+            raise UserError(f"{base}: was trained without captions: set vtp.clip to 0, or train anew")
+        return Words.load(base / FOLDER, config.text_context_length, config.text_vocab_size), []
+    if c.preset or c.vocab_size == CLIP_VOCAB:
+        return Words(77 if c.preset else c.context), []
+    texts = [" ".join(row["captions"]) for row in cache.metadata(loader.row_numbers())]
     words = Words.learned(texts, c.context, c.vocab_size)
     less = f" of {c.vocab_size} that vtp.vocab_size allows" if words.size < c.vocab_size else ""
     return words, [f"learned {words.size} words{less} from {len(texts)} captions"]
 
 
 def _require_captions(cache: Cache) -> None:
+    """Training draws among all wordings of a clip."""
     rows = cache.metadata(range(len(cache)))
-    lacking = [row["clip"] for row in rows if not " ".join(row["captions"]).strip()]
+    lacking = [
+        row["clip"]
+        for row in rows
+        if not all(s.strip() for s in (" ".join(row["captions"]), *row["wordings"]))
+    ]
     if lacking:
         raise UserError(
-            f"{cache.path}: {len(lacking)} of {len(rows)} clips have no caption to be contrasted with "
-            f"(the first is {lacking[0]}): caption or leave them out, or set vtp.clip to 0"
+            f"{cache.path}: {len(lacking)} of {len(rows)} clips have no caption to be contrasted with, or an "
+            f"empty one (the first is {lacking[0]}): caption or leave them out, or set vtp.clip to 0"
         )
 
 

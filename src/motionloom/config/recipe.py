@@ -78,9 +78,9 @@ class TokenizerConfig(Section):
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32", description="VAEs and VTP: what they compute in."
     )
-    rope: Literal["bf16", "fp32"] = Field(
-        default="bf16",
-        description="VTP only: rotary angles in what released models were trained with, or finer.",
+    rope: Literal["bf16", "fp32"] | None = Field(
+        default=None,
+        description="VTP only: of rotary angles. None: as it was saved, of a released one bf16.",
     )
     tile: NotNegative = Field(default=0, description="VAEs only: pixels of a square tile; 0: whole frames.")
     tile_overlap: NotNegative = Field(default=64, description="VAEs only: pixels that tiles share.")

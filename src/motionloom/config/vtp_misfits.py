@@ -35,7 +35,10 @@ def vtp_misfits(r: Recipe) -> Iterator[str]:
     if r.plan.modalities != ("video",):
         yield f"train.method {method} sees pictures alone: set plan.modalities to [video]"
     yield from _sizes(r)
+    if r.train.parts:
+        yield f"train.method {method} trains what its losses reach: leave train.parts out"
     if method == "decoder":
+        yield from _judge(r)
         if not r.train.init_from:
             yield "train.method decoder goes on from a trained tokenizer: name its run in train.init_from"
         if not (c.l1 or c.l2 or c.perceptual):
@@ -45,10 +48,22 @@ def vtp_misfits(r: Recipe) -> Iterator[str]:
         yield "vtp.rec, vtp.clip and vtp.ssl are all 0, so there is nothing to learn: raise one"
     if c.rec and not (c.l1 or c.l2 or c.perceptual):
         yield "vtp.rec has no part with a weight: raise vtp.l1, vtp.l2 or vtp.perceptual"
+    if not c.rec and r.train.sample_every_steps:
+        yield "train.sample_every_steps shows what is rebuilt, and vtp.rec is 0: set it to 0 as well"
+    if c.clip and not c.preset and c.vocab_size < 258:
+        yield f"vtp.vocab_size {c.vocab_size} has no room for 256 bytes and two marks: use 512 or so"
     if c.clip and r.train.batch_size < 2:
         yield "vtp.clip tells a clip from others of its batch: set train.batch_size to 2 or more, or it to 0"
     if c.clip and c.context < 3:
         yield f"vtp.context {c.context} leaves a caption no word between its marks: set it to 3 or more"
+
+
+def _judge(r: Recipe) -> Iterator[str]:
+    """Each layer of the judge halves the frames."""
+    least, layers = 3 * 2**r.vtp.gan_layers, r.vtp.gan_layers
+    sizes = r.bucketing.buckets if r.bucketing.enabled else ((r.video.width, r.video.height),)
+    if (side := min(min(size) for size in sizes)) < least:
+        yield f"vtp.gan_layers {layers} needs {least} pixels a side, and there are {side}: use fewer"
 
 
 def _sizes(r: Recipe) -> Iterator[str]:

@@ -69,10 +69,11 @@ def mixes_frames(config: TokenizerConfig) -> bool:
 def named_otherwise(config: TokenizerConfig, cached: str) -> str | None:
     """What the recipe's named tokenizer is, where it is not the one of a fingerprint; None: it is.
 
-    Of a VTP whose latents nobody has measured its weights alone are compared.
+    Of a VTP whose latents nobody has measured all but its statistics is compared.
     """
     if needs_clips(config):
-        own = model_fingerprint(VTPModel.from_pretrained(config.name_or_path, config.rope))
+        model = VTPModel.from_pretrained(config.name_or_path, config.rope or "bf16")
+        own = model_fingerprint(model, config.precision)
         return None if cached.startswith(own) else own
     own = open_tokenizer(config).fingerprint()
     return None if cached == own else own
@@ -94,7 +95,7 @@ def fit_tokenizer(config: TokenizerConfig, clips: Sequence[Tensor]) -> Tokenizer
     """
     if config.type == "vtp":
         folder = Path(config.name_or_path)
-        model = VTPModel.from_pretrained(folder, config.rope)
+        model = VTPModel.from_pretrained(folder, config.rope or "bf16")
         tokenizer = VtpTokenizer.measured(model, clips, precision=config.precision, words=folder)
         _require_shape(tokenizer.spec, config)
         return tokenizer
@@ -132,7 +133,9 @@ def _settings(folder: Path, config: TokenizerConfig) -> dict[str, Any]:
     """A measured VTP's own, to be run as the recipe says."""
     if needs_clips(config):
         raise _unmeasured(folder)
-    settings = _noted(folder / "tokenizer.json") | {"rope": config.rope, "precision": config.precision}
+    settings = _noted(folder / "tokenizer.json") | {"precision": config.precision}
+    if config.rope is not None:
+        settings["rope"] = config.rope
     del settings["type"]
     return settings
 

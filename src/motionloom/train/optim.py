@@ -19,7 +19,9 @@ def decays(owner: nn.Module, name: str, parameter: nn.Parameter) -> bool:
     Biases, norms, embeddings and learned tables (a parameter that a module holds under a name of its own)
     keep their size: pulling them to 0 regularises nothing and forgets rare words.
     """
-    return name == "weight" and parameter.ndim >= 2 and not isinstance(owner, nn.Embedding | nn.EmbeddingBag)
+    # Attention as torch names it holds queries, keys and values in one matrix.
+    named = name in ("weight", "in_proj_weight")
+    return named and parameter.ndim >= 2 and not isinstance(owner, nn.Embedding | nn.EmbeddingBag)
 
 
 def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict[str, Any]]:

@@ -28,6 +28,7 @@ from motionloom.rng import torch_generator
 from motionloom.tokenizers.vtp import VTPModel
 from motionloom.train.method import Losses, StepContext
 from motionloom.train.muon import OPTIMIZERS
+from motionloom.train.optim import adamw
 
 
 class FinetuneDecoder:
@@ -47,10 +48,10 @@ class FinetuneDecoder:
         self._judge.init_weights(torch_generator(recipe.seed, "discriminator"))
         self._judge.to(ranks.device)
         self._lecam = LeCam().to(ranks.device)
-        make = OPTIMIZERS["adamw"]
-        self._optimizers = {
-            "decoder": make({"vtp": model}, t.lr, t.betas, t.weight_decay),
-            "discriminator": make({"discriminator": self._judge}, c.gan_lr or t.lr, t.betas, t.weight_decay),
+        self._optimizers: dict[str, torch.optim.Optimizer] = {
+            "decoder": OPTIMIZERS[t.optimizer]({"vtp": model}, t.lr, t.betas, t.weight_decay),
+            # It has no blocks, which another optimiser would ask for.
+            "discriminator": adamw({"discriminator": self._judge}, c.gan_lr or t.lr, t.betas, t.weight_decay),
         }
 
     def modules(self) -> dict[str, nn.Module]:
@@ -82,17 +83,18 @@ class FinetuneDecoder:
         loss_B, logs = self._reconstruction(made_BP3HW, real_BP3HW)
         if context.phase == "train" and context.step >= self._config.gan_start:
             said_B = hinge_generator(self._judge(made_BP3HW))
-            weight = self._config.gan * self._balance(loss_B.mean(), said_B.mean())
+            weight = self._config.gan * self._balance(loss_B.mean(), said_B.mean(), real_BP3HW.shape[1])
             logs |= {"gan": said_B.detach().mean(), "gan_weight": weight}
             loss_B = loss_B + weight * said_B
-        return Losses(loss_B, logs=logs)
+        return Losses(loss_B, num_tokens=z.shape[:4].numel(), logs=logs)
 
-    def _balance(self, rebuilt: Tensor, said: Tensor) -> Tensor:
-        """By how much the judge counts at the last layer."""
+    def _balance(self, rebuilt: Tensor, said: Tensor, frames_in: int) -> Tensor:
+        """By how much the judge counts at the last layer, which the first frame has to itself."""
         if not self._config.gan_adaptive:
             return rebuilt.new_ones(())
         decoder = self._model.pixel_decoder
-        last = decoder.proj_out if decoder.proj_out_later is None else decoder.proj_out_later
+        later = decoder.proj_out_later
+        last = decoder.proj_out if later is None or frames_in == 1 else later
         return adaptive_weight(rebuilt, said, last.weight, self._ranks)
 
     def _judged(self, made_BP3HW: Tensor, real_BP3HW: Tensor, context: StepContext) -> Losses:

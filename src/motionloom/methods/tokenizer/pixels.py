@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from motionloom.data.batch import Batch
+from motionloom.tokenizers.vtp import VTPConfig
 from motionloom.tokenizers.vtp.tokenizer import normalise
 from motionloom.train.method import StepContext
 
@@ -23,6 +24,13 @@ def unit_frames(batch: Batch) -> Tensor:
 def frames(batch: Batch) -> Tensor:
     """The same as the encoder takes them."""
     return normalise(unit_frames(batch))
+
+
+def latent_cells(batch: Batch, config: VTPConfig) -> int:
+    """How many cells of latents the clips of a batch become."""
+    clips, pixel_frames, height, width, _ = batch.video.x_BFHWC.shape
+    latent_frames = 1 + (pixel_frames - 1) // config.temporal_patch
+    return clips * latent_frames * (height * width // config.vision_patch_size**2)
 
 
 def captions(batch: Batch) -> list[str]:

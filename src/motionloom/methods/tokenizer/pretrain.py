@@ -23,7 +23,7 @@ from motionloom.data.batch import Batch
 from motionloom.methods.tokenizer import contrast, self_distil
 from motionloom.methods.tokenizer.crops import Crops, CropSpec, Masks, block_masks, multi_crop
 from motionloom.methods.tokenizer.perceptual import Perceptual
-from motionloom.methods.tokenizer.pixels import Share, captions, frames, unit_frames
+from motionloom.methods.tokenizer.pixels import Share, captions, frames, latent_cells, unit_frames
 from motionloom.methods.tokenizer.self_distil import Centre, DinoHead, Teacher
 from motionloom.parallel import Ranks
 from motionloom.rng import torch_generator
@@ -42,7 +42,7 @@ class Reconstruction:
     def __init__(self, config: VtpConfig, device: torch.device) -> None:
         self._config = config
         self._perceptual: nn.Module | None = None
-        if config.rec and config.perceptual:
+        if config.perceptual:
             self._perceptual = Perceptual(config.perceptual_net).to(device)
 
     def __call__(self, made_BP3HW: Tensor, real_BP3HW: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -74,7 +74,7 @@ class Pretrain:
     def __init__(self, recipe: Recipe, model: VTPModel, words: Words | None, ranks: Ranks) -> None:
         self._config, self._model, self._words, self._ranks = recipe.vtp, model, words, ranks
         self._steps = recipe.train.max_steps
-        self._reconstruction = Reconstruction(recipe.vtp, ranks.device)
+        self._reconstruction = Reconstruction(recipe.vtp, ranks.device) if recipe.vtp.rec else None
         self._distil = Distillation(recipe, model, ranks) if recipe.vtp.ssl else None
         trained: dict[str, nn.Module] = {"vtp": model}
         if self._distil is not None:
@@ -105,12 +105,12 @@ class Pretrain:
             UserError: contrast of one clip, frames that do not divide, or a caption without words.
         """
         c = self._config
-        if self._model.config.train_clip and not context.rehearsal:
+        if c.clip and context.phase == "train" and not context.rehearsal:
             contrast.clamp_scale_(self._model.logit_scale)
         loss_B = torch.zeros(len(batch.ids), device=batch.video.x_BFHWC.device)
         logs: dict[str, Tensor] = {}
-        if c.rec:
-            part_B, found = self._rebuilt(batch, context)
+        if self._reconstruction is not None:
+            part_B, found = self._rebuilt(self._reconstruction, batch, context)
             loss_B, logs = loss_B + c.rec * part_B, logs | found
         # The last held-out batch may be a clip alone, which has nothing to be told apart from.
         if c.clip and (context.phase == "train" or len(batch.ids) > 1):
@@ -120,14 +120,16 @@ class Pretrain:
         if self._distil is not None:
             part_B, found = self._distil(batch, context)
             loss_B, logs = loss_B + c.ssl * part_B, logs | found
-        return Losses(loss_B, num_tokens=batch.video.x_BFHWC.numel() // (3 * c.patch**2), logs=logs)
+        return Losses(loss_B, num_tokens=latent_cells(batch, self._model.config), logs=logs)
 
-    def _rebuilt(self, batch: Batch, context: StepContext) -> tuple[Tensor, dict[str, Tensor]]:
+    def _rebuilt(
+        self, reconstruction: Reconstruction, batch: Batch, context: StepContext
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         share = Share.of(batch, self._config.rec_share, context, "rebuilt")
         x_BP3HW = frames(batch)[share.rows]
         features = self._model.trunk(x_BP3HW, drop=drop_for(self._config.rec_drop, context, "rec drop"))
         made_BP3HW = self._model.pixel_decoder(self._model.latents(features))
-        loss, logs = self._reconstruction(made_BP3HW, x_BP3HW)
+        loss, logs = reconstruction(made_BP3HW, x_BP3HW)
         return share.spread(loss), logs
 
     def _contrasted(self, batch: Batch, context: StepContext) -> Tensor:
@@ -213,7 +215,7 @@ class Distillation:
             logs["ibot"] = ibot.detach().mean()
             total = total + c.ibot * ibot
         if c.koleo:
-            spread = torch.stack([self_distil.koleo(clip) for clip in seen.clip_GBD]).mean(dim=0)
+            spread = torch.stack([self_distil.koleo(clip) for clip in seen.clip_GBD]).sum(dim=0)
             logs["koleo"] = spread.detach().mean()
             total = total + c.koleo * spread
         usage_K = target_GBK.flatten(0, 1).mean(dim=0)
@@ -243,7 +245,12 @@ class Distillation:
             target = self._teacher(whole)
         latent_frames = target.cls_BFD.shape[1]
         masks = block_masks(
-            len(whole), latent_frames, (side, side), context.generator("masks"), c.mask_share, c.mask_ratio
+            len(whole),
+            latent_frames,
+            (side, side),
+            context.generator("masks"),
+            c.mask_share if c.ibot else 0.0,
+            c.mask_ratio,
         ).to(whole.device)
         student = self._model.trunk(whole, masks.mask_BFN, drop_for(c.ssl_drop, context, "ssl drop"))
         parts = views.local_LBP3SS
@@ -267,7 +274,7 @@ class Distillation:
     def _ibot(self, seen: Seen, temperature: float, context: StepContext) -> Tensor:
         target_MK = self._targets("patches", seen.hidden_MK, temperature, context)
         loss = self_distil.ibot_loss(seen.guess_MK, target_MK, seen.masks.image_M, seen.masks.weight_B)
-        # Over the masked crops alone, as DINOv2's: those without a mask say nothing.
+        # Over all crops, as DINOv2's: those without a mask count as nothing.
         return loss.unflatten(0, (len(seen.student_GBK), -1)).mean(dim=0)
 
     def _targets(self, which: str, logits: Tensor, temperature: float, context: StepContext) -> Tensor:

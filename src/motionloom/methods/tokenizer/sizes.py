@@ -9,10 +9,11 @@ from motionloom.methods.tokenizer.contrast import SIGMOID_BIAS, SIGMOID_SCALE
 from motionloom.tokenizers.vtp import PRESETS, VTPConfig
 
 
-def model_config(c: VtpConfig, side: int, words: int) -> VTPConfig:
-    """What is trained.
+def model_config(c: VtpConfig, side: int, words: int, *, rebuilt: bool) -> VTPConfig:
+    """What is trained: of what no loss asks for nothing is made.
 
     Args:
+        rebuilt: whether it has a pixel decoder.
         side: pixels of a clip's longer side, which the config tells and nothing reads.
         words: of the vocabulary, marks included.
     """
@@ -22,12 +23,16 @@ def model_config(c: VtpConfig, side: int, words: int) -> VTPConfig:
         return replace(
             PRESETS[c.preset],
             image_size=side,
+            train_clip=c.clip > 0,
+            train_reconstruction=rebuilt,
             text_vocab_size=words,
             init_logit_scale=scale,
             init_logit_bias=bias,
         )
     return VTPConfig(
         image_size=side,
+        train_clip=c.clip > 0,
+        train_reconstruction=rebuilt,
         vision_patch_size=c.patch,
         vision_embed_dim=c.width,
         vision_depth=c.depth,

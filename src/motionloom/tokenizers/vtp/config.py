@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from motionloom.errors import UserError
-from motionloom.tokenizers.checks import require_counts, require_truths
+from motionloom.tokenizers.checks import require_counts, require_factor, require_truths
 
 CLIP_VOCAB = 49408
 """Words of CLIP's byte-pair vocabulary, the two marks for beginning and end included."""
@@ -129,8 +129,13 @@ class VTPConfig:
                 said = ", ".join(map(repr, known))
                 raise ValueError(f"{name} is {getattr(self, name)!r}; this version has {said}")
         for name in ("vision_mlp_ratio", "text_mlp_ratio"):
-            if not 0 < float(getattr(self, name)) < math.inf:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, not a number above 0")
+            require_factor(getattr(self, name), name)
+        if min(self.swiglu_hidden, int(self.text_embed_dim * self.text_mlp_ratio)) < 1:
+            raise ValueError("a feed-forward layer has no inner width: raise its mlp_ratio")
+        for name in ("vision_init_values", "decoder_init_values", "init_logit_scale", "init_logit_bias"):
+            value = getattr(self, name)
+            if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
+                raise ValueError(f"{name} is {value!r}, not a number")
 
     @property
     def swiglu_hidden(self) -> int:
@@ -179,6 +184,8 @@ class VTPConfig:
 
 
 _KNOWN: dict[str, tuple[Any, ...]] = {
+    "vision_bottleneck_ae_only": (True,),
+    "text_pad_id": (0,),
     "vision_ffn_layer": ("swiglu",),
     "decoder_ffn_layer": ("swiglu",),
     "vision_norm_layer": ("rmsnorm", "layernorm"),

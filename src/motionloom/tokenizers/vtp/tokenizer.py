@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from motionloom.config.entries import from_entries
+from motionloom.durable import write_atomic
 from motionloom.errors import UserError
 from motionloom.tokenizers import checks, diffusers_folder
 from motionloom.tokenizers.base import TokenizerSpec
@@ -73,11 +74,13 @@ class VtpTokenizer:
         self.mean_KC, self.std_KC = _statistics(mean, std, self.spec)
         self.model = model.eval().requires_grad_(False)
         self._fingerprint = ""
+        self._read: tuple[int, ...] | None = None
+        """Of the file that the weights were read from, as :func:`_state`."""
 
     @staticmethod
     def measured(
         model: VTPModel,
-        clips: Sequence[Tensor],
+        clips: Iterable[Tensor],
         *,
         precision: Precision = "fp32",
         words: Path | None = None,
@@ -87,8 +90,6 @@ class VtpTokenizer:
         Raises:
             UserError: no clips, sizes that do not divide, or a channel that is the same everywhere.
         """
-        if not clips:
-            raise UserError("VTP's latents are measured on clips, and there is none: check the manifest")
         kinds = 2 if model.config.temporal_patch > 1 else 1
         channels = model.config.vision_feature_bottleneck
         bare = VtpTokenizer(model, [[0.0] * channels] * kinds, [[1.0] * channels] * kinds, precision)
@@ -100,6 +101,8 @@ class VtpTokenizer:
                 sums[kind] += torch.stack(
                     [torch.full((channels,), float(len(flat))), flat.sum(0), flat.square().sum(0)]
                 )
+        if not sums[0, 0].any():
+            raise UserError("VTP's latents are measured on clips, and there is none: check the manifest")
         if kinds == 2 and not sums[1, 0].any():
             sums[1] = sums[0]  # images alone
         count, mean = sums[:, 0], sums[:, 1] / sums[:, 0]
@@ -120,9 +123,12 @@ class VtpTokenizer:
         note = folder / NOTE
         mean, std = settings.pop("mean", None), settings.pop("std", None)
         known = from_entries(VtpSettings, settings, str(note), "vtp")
+        before = _state(folder / WEIGHTS)
         model = VTPModel.from_pretrained(folder, rope=known.rope)
         try:
-            return VtpTokenizer(model, mean, std, known.precision, folder)
+            tokenizer = VtpTokenizer(model, mean, std, known.precision, folder)
+            tokenizer._read = before
+            return tokenizer
         except ValueError as error:
             raise UserError(f"{note}: {error}: copy the folder again") from None
 
@@ -193,10 +199,10 @@ class VtpTokenizer:
         return max(0, latent - reach - int(self.spec.first_alone))
 
     def fingerprint(self) -> str:
-        """Half of it says which model (:func:`model_fingerprint`), the other half how it is run."""
+        """Half of it says which model (:func:`model_fingerprint`), the other half its statistics."""
         if not self._fingerprint:
             settings = hashlib.sha256(json.dumps(self._note(), sort_keys=True).encode()).hexdigest()
-            self._fingerprint = model_fingerprint(self.model) + settings[:HALF]
+            self._fingerprint = model_fingerprint(self.model, self.settings.precision) + settings[:HALF]
         return self._fingerprint
 
     def save(self, folder: Path) -> None:
@@ -205,8 +211,8 @@ class VtpTokenizer:
         if not self._linked(folder):
             self.model.save_pretrained(folder)
         if self._folder is not None and (self._folder / WORDS).is_file():
-            (folder / WORDS).write_bytes((self._folder / WORDS).read_bytes())
-        (folder / NOTE).write_text(json.dumps(self._note(), indent=1))
+            write_atomic(folder / WORDS, (self._folder / WORDS).read_bytes())
+        write_atomic(folder / NOTE, json.dumps(self._note(), indent=1).encode())
 
     def _note(self) -> dict[str, Any]:
         """What ``tokenizer.json`` says."""
@@ -215,8 +221,8 @@ class VtpTokenizer:
 
     def _linked(self, folder: Path) -> bool:
         """Whether weights could be shared with the folder they came from: a run's checkpoints hold one."""
-        if self._folder is None or not (self._folder / NOTE).is_file():
-            return False
+        if self._folder is None or self._read != _state(self._folder / WEIGHTS):
+            return False  # of another place, or written to since
         try:
             os.link(self._folder / WEIGHTS, folder / WEIGHTS)
         except OSError:
@@ -236,9 +242,18 @@ class VtpTokenizer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=on)
 
 
-def model_fingerprint(model: VTPModel) -> str:
-    """Digest of a model's config and weights: the first half of its tokenizers' fingerprints."""
-    digest = hashlib.sha256(model.config.to_json().encode())
+def _state(file: Path) -> tuple[int, ...] | None:
+    """Changes when a file does; None: there is none."""
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def model_fingerprint(model: VTPModel, precision: Precision) -> str:
+    """Digest of a model and of how it is run: the first half of its tokenizers' fingerprints."""
+    digest = hashlib.sha256(f"{model.config.to_json()}{model.rope}{precision}".encode())
     for part in diffusers_folder.tensor_bytes(model.state_dict()):
         digest.update(part)
     return digest.hexdigest()[:HALF]

@@ -172,8 +172,7 @@ def _clip() -> _Vocabulary:
         from instant_clip_tokenizer import Tokenizer as Clip
     except ImportError:
         raise UserError(
-            "CLIP's vocabulary is not installed: pip install 'motionloom[vtp]' (wheels up to Python 3.12; "
-            f"elsewhere put CLIP's tokenizer.json beside the model as {WORDS})"
+            "CLIP's vocabulary is not installed: pip install 'motionloom[vtp]' (wheels go up to Python 3.12)"
         ) from None
     vocabulary: _Vocabulary = Clip()
     return vocabulary
