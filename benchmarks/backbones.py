@@ -37,8 +37,19 @@ from motionloom.backbones.ltx2 import PRESETS as LTX2_PRESETS
 from motionloom.backbones.prediction import Predictor
 from motionloom.backbones.wan import PRESETS as WAN
 from motionloom.backbones.wan import Wan
-from motionloom.generate import Sampling, rollout
-from motionloom.plans import Chunks, Geometry, Text, TextToVideo, to_streams_at
+from motionloom.flow import LINEAR
+from motionloom.generate import Sampling, Task, rollout
+from motionloom.plans import (
+    NOTHING,
+    Chunks,
+    Geometry,
+    Sample,
+    Streams,
+    Text,
+    TextToVideo,
+    Values,
+    to_streams,
+)
 from motionloom.plans.geometry import token_geometry
 from motionloom.rng import torch_generator
 
@@ -160,24 +171,23 @@ def train(name: str, scale: Scale, device: torch.device, rate: float, compiled: 
     model = build(name, scale, device, scale.layers, compiled)
     geometry = make_geometry(model.patch, scale, device)
     text = make_text(model.text_dim, scale, device)
-    plan = TextToVideo()
-    given_BF = torch.zeros(1, geometry.grid[0], dtype=torch.bool, device=device)
-    layout = plan.layout(geometry, text, given_BF)
+    layout = TextToVideo().layout(Sample({"video": geometry}), text, NOTHING)
     shape = (1, geometry.grid[0], geometry.grid[1] * geometry.grid[2])
     channels = model.latent_channels * model.patch[0] * model.patch[1] * model.patch[2]
-    x_BFSC = torch.randn(*shape, channels, device=device)
-    sigma_BK = layout.levels(torch.full((1, layout.num_draws), 0.5, device=device))
+    clean = {"video": torch.randn(*shape, channels, device=device)}
+    track = layout.tracks["video"]
+    sigma = {"video": track.sigmas(torch.full((1, track.num_draws), 0.5, device=device))}
+
+    def streams() -> Streams:
+        return to_streams(layout, Values(clean), clean, sigma, text, LINEAR.mix)
 
     def step() -> None:
-        streams = to_streams_at(layout, x_BFSC, x_BFSC, sigma_BK, text)
-        model(streams, layout.visibility)["video"].float().square().mean().backward()
+        model(streams(), layout.visibility)["video"].float().square().mean().backward()
         model.zero_grad(set_to_none=True)
 
     plain = build(name, scale, device, scale.layers, False)
     with FlopCounterMode(display=False) as counter:
-        plain(to_streams_at(layout, x_BFSC, x_BFSC, sigma_BK, text), layout.visibility)[
-            "video"
-        ].float().square().mean().backward()
+        plain(streams(), layout.visibility)["video"].float().square().mean().backward()
     flops = counter.get_total_flops()
     del plain
     peer = peer_step(name, model, scale, device, compiled)
@@ -314,8 +324,10 @@ def causal_stream(
     tokenizer = VaeTokenizer(WAN_VAE, make_vae(scale, device), settings)
     chunks = latents(scale, device).permute(0, 2, 3, 4, 1).float().split(3, dim=1)
 
+    task = Task(Sample({"video": geometry}), text, {"video": noise_BFSC})
+
     def run() -> Tensor:
-        return rollout(Predictor(model), Chunks(3), geometry, text, noise_BFSC, sampling)
+        return rollout(Predictor(model), Chunks(3), task, sampling)["video"]
 
     return run, lambda: sum(part.shape[1] for part in tokenizer.stream_decode(chunks))
 

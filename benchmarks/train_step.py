@@ -34,7 +34,7 @@ from motionloom.config.recipe import ModelConfig
 from motionloom.flow import LINEAR
 from motionloom.nn.memory import keep_freed_memory
 from motionloom.nn.windows import window_side
-from motionloom.plans import Geometry, Text, TextToVideo, read_video, to_streams
+from motionloom.plans import NOTHING, Geometry, Sample, Text, TextToVideo, Values, read_clip, to_streams
 from motionloom.rng import torch_generator
 
 PRODUCT_SIZES = (1024, 2048, 3072, 4096)
@@ -108,17 +108,17 @@ def make_step(case: Case, device: torch.device, compiled: bool) -> tuple[nn.Modu
         scene_BF=torch.zeros(1, frames, dtype=torch.long, device=device),
         batch=case.batch,
     )
-    plan = TextToVideo()
-    layout = plan.layout(geometry, text, plan.draw_given(geometry, torch_generator("given")))
+    layout = TextToVideo().layout(Sample({"video": geometry}), text, NOTHING)
+    track = layout.tracks["video"]
 
     def step() -> Tensor:
         noise_BFSC = torch.randn(clean_BFSC.shape, generator=generator, device=device)
         sigma_BD = torch.rand(case.batch, 1, generator=generator, device=device)
-        levels_BK = layout.levels(sigma_BD)
-        streams = to_streams(layout, clean_BFSC, noise_BFSC, levels_BK, text, LINEAR.mix)
+        clean, noise = Values({"video": clean_BFSC}), {"video": noise_BFSC}
+        streams = to_streams(layout, clean, noise, {"video": track.sigmas(sigma_BD)}, text, LINEAR.mix)
         with torch.autocast(device.type, torch.bfloat16):
             out_BNC = model(streams, layout.visibility)["video"]
-        error = read_video(layout, out_BNC).float() - (noise_BFSC - clean_BFSC)
+        error = read_clip(layout, "video", out_BNC).float() - (noise_BFSC - clean_BFSC)
         loss = error.square().mean()
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
