@@ -492,7 +492,7 @@ from pathlib import Path
 from test_pairs import *
 def on_progress(what, done, total):
     print(done, flush=True)
-    time.sleep({pause})
+    time.sleep({pause} if done else 0)
 make_pairs(student(), Teacher(toy_model(), "teacher"), open_cache({source!r}), {out!r},
            clips=40, share=Share.parse({share!r}), on_progress=on_progress, commit_seconds=0)
 """

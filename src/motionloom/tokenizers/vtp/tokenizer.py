@@ -36,8 +36,8 @@ Precision = Literal["fp32", "bf16"]
 NOTE = "tokenizer.json"
 HALF = 32
 """Hex digits."""
-FRAMES_AT_ONCE = 64
-"""How many latent frames of a batch an encoder that does not look back takes at once."""
+TOKENS_AT_ONCE = 8192
+"""How many an encoder takes at once, where clips are so short: more only fill the memory."""
 
 
 @dataclass(frozen=True)
@@ -159,12 +159,18 @@ class VtpTokenizer:
     @torch.no_grad()
     def encode(self, video_BPHW3: Tensor) -> Tensor:
         """uint8 (B, P, H, W, 3) -> float32 (B, F, h, w, C). Raises UserError for sizes that do not divide."""
-        frames = video_BPHW3.shape[1]
-        self.spec.latent_grid(*video_BPHW3.shape[1:4])
+        grid = self.spec.latent_grid(*video_BPHW3.shape[1:4])
         # Frames that do not see each other go through in parts, so that a long clip takes no more memory.
         alone = self.spec.temporal == 1 and not self.model.config.temporal_window
-        parts = video_BPHW3.split(FRAMES_AT_ONCE if alone else frames, dim=1)
-        raw = torch.cat([self._encoded(part) for part in parts], dim=1)
+        latent_frames = min(grid[0], max(1, TOKENS_AT_ONCE // (grid[1] * grid[2]))) if alone else grid[0]
+        clips = max(1, TOKENS_AT_ONCE // (latent_frames * grid[1] * grid[2]))
+        frames = latent_frames if alone else video_BPHW3.shape[1]
+        raw = torch.cat(
+            [
+                torch.cat([self._encoded(part) for part in some.split(frames, dim=1)], dim=1)
+                for some in video_BPHW3.split(clips)
+            ]
+        )
         mean_FC, std_FC = (table[self._kinds(raw.shape[1])] for table in (self.mean_KC, self.std_KC))
         return ((raw.float() - mean_FC[:, None, None]) / std_FC[:, None, None]).to(video_BPHW3.device)
 
