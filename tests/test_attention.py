@@ -82,6 +82,28 @@ def test_leading_dimensions_and_a_mask_that_broadcasts_over_them(way):
         torch.testing.assert_close(got[b, w, t], want, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_added_to_the_scores_is_learned(way, dtype):
+    q, k, v = (draw(3, 2, 4, 8, key=key, dtype=dtype) for key in "qkv")
+    exact = dtype if dtype == torch.float64 else torch.float32
+    bias_HNM = draw(2, 4, 4, key="bias", dtype=exact).requires_grad_()
+    hidden = torch.ones(4, 4, dtype=torch.bool).triu(1)
+    WAYS[way](q, k, v, bias_HNM.masked_fill(hidden, float("-inf"))).square().sum().backward()
+    same = bias_HNM.detach().double().requires_grad_()
+    scores = torch.einsum("bhnd,bhmd->bhnm", q.double(), k.double()) / 8**0.5 + same
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+    torch.einsum("bhnm,bhmd->bhnd", weights, v.double()).square().sum().backward()
+    assert (bias_HNM.grad.double() - same.grad).abs().max() <= 3 * TOLERANCE[dtype] * same.grad.abs().max()
+
+
+def test_one_mask_of_two_dimensions_is_for_all():
+    q, k, v = (draw(2, 3, 5, 8, key=key) for key in "qkv")
+    mask = torch.ones(5, 5, dtype=torch.bool).tril()
+    for way in WAYS.values():
+        torch.testing.assert_close(way(q, k, v, mask), by_definition(q, k, v, mask), rtol=0, atol=1e-10)
+
+
 def test_hidden_keys_have_no_influence_at_all():
     q, k, v = (draw(2, 3, 6, 8, key=key, dtype=torch.bfloat16) for key in "qkv")
     mask = masks(6, 6)["padding"]

@@ -97,6 +97,20 @@ def test_the_rest_steps_exactly_as_adamw() -> None:
         assert torch.equal(ours, theirs) is not in_blocks(name), name
 
 
+def test_the_rest_may_have_a_rate_of_its_own() -> None:
+    nets = [Net(), Net(), Net()]
+    rates = [(LR, None), (LR, LR / 8), (LR / 8, None)]
+    for net, (lr, rest) in zip(nets, rates, strict=True):
+        optimizer = muon({"net": net}, lr, BETAS, 0.0, rest)
+        set_lr(optimizer, 0.5)
+        train(net, optimizer, 0, 1)
+    whole, own, slow = (dict(net.named_parameters()) for net in nets)
+    for name, parameter in own.items():
+        like, other = (whole, slow) if in_blocks(name) and parameter.ndim == 2 else (slow, whole)
+        assert torch.equal(parameter, like[name]), name
+        assert not torch.equal(parameter, other[name]), name
+
+
 def test_it_learns_and_follows_the_schedule() -> None:
     net = Net()
     optimizer = optimizer_of(net, weight_decay=0.01)

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 
 from motionloom.errors import UserError
 from motionloom.methods.tokenizer import adversarial, contrast, crops, perceptual, self_distil
+from motionloom.methods.tokenizer.bag import BagOfWords
 from motionloom.methods.tokenizer.contrast import embed_in_chunks, info_nce
 from motionloom.methods.tokenizer.crops import CropSpec, block_masks, multi_crop
+from motionloom.methods.tokenizer.near import NearCaptions, alike
 from motionloom.methods.tokenizer.self_distil import Centre, DinoHead, Teacher, dino_loss, koleo, sinkhorn
 from motionloom.parallel.state import named_state
 from motionloom.rng import torch_generator
-from toy_contrast import CHUNKS, LOSSES, Towers, difference, gradients
+from toy_contrast import CHUNKS, LOSSES, Towers, difference, gradients, joined
 
 torch.set_num_threads(1)
 
@@ -63,6 +65,77 @@ def test_sigmoid_asks_of_every_pair_whether_it_belongs_together():
             logit = math.e * cosine - 2
             expected += math.log1p(math.exp(-logit if i == j else logit))
         assert float(found[i]) == pytest.approx(expected, rel=1e-5)
+
+
+def asked(image: Tensor, texts: Tensor, scale: float) -> np.ndarray:
+    a, b = (t.double().numpy() for t in (image, texts))
+    a, b = a / np.linalg.norm(a, axis=1)[:, None], b / np.linalg.norm(b, axis=1)[:, None]
+    return math.exp(scale) * a @ b.T
+
+
+def test_a_text_that_says_the_same_is_neither_right_nor_wrong_and_one_without_a_picture_is_wrong():
+    image, text, near = (randn(n, 5, key=key) for n, key in ((4, "image"), (4, "text"), (3, "near")))
+    said, said_near = torch.tensor([[1, 2], [3, 4], [1, 2], [5, 6]]), torch.tensor([[3, 4], [7, 8], [3, 9]])
+    others = contrast.Others.of(said, said_near, near)
+    found = info_nce(image, text, torch.tensor(1.5), others=others)
+    every = asked(image, torch.cat([text, near]), 1.5)
+    words = [tuple(row) for row in torch.cat([said, said_near]).tolist()]
+    for i in range(4):
+        counted = [j for j in range(7) if j == i or words[j] != words[i]]
+        pictures = [j for j in counted if j < 4]
+        to_text = np.log(np.exp(every[i, counted]).sum()) - every[i, i]
+        to_image = np.log(np.exp(every[pictures, i]).sum()) - every[i, i]
+        assert float(found[i]) == pytest.approx((to_text + to_image) / 2, abs=1e-5)
+    assert len([j for j in range(7) if words[j] == words[0]]) == 2
+
+    found = contrast.sigmoid(image, text, torch.tensor(1.0), torch.tensor(-2.0), others=others)
+    every = asked(image, torch.cat([text, near]), 1.0) - 2.0
+    for i in range(4):
+        parts = [every[i, i]] + [-every[i, j] for j in range(7) if words[j] != words[i]]
+        assert float(found[i]) == pytest.approx(sum(math.log1p(math.exp(-x)) for x in parts), abs=1e-5)
+
+
+def test_near_captions_share_most_of_their_words_and_are_another():
+    known = torch.tensor([[9, k, 10 + k // 3, 30 + k // 6, 8] for k in range(60)])
+    near = NearCaptions(known, torch_generator("near"))
+    drawn = near.draw(known[:2], 4, torch_generator("draw")).unflatten(0, (2, 4))
+    assert drawn.shape == (2, 4, 5)
+    assert torch.equal(drawn.flatten(0, 1), near.draw(known[:2], 4, torch_generator("draw")))
+    assert not (drawn == known[:2, None]).all(dim=-1).any(), "never the caption itself"
+    assert len({tuple(row) for row in drawn[0].tolist()}) == 4, "no caption twice"
+    shared = alike(known[:1], known)[0]
+    by_hand = [
+        len({*known[0].tolist()} & {*row}) / len({*known[0].tolist()} | {*row}) for row in known.tolist()
+    ]
+    torch.testing.assert_close(shared, torch.tensor(by_hand))
+
+
+def test_the_nearest_captions_are_drawn_of_many():
+    far = torch.arange(400).reshape(100, 4) + 500
+    close = torch.tensor([[1, 2, 3, 10 + k] for k in range(32)])
+    near = NearCaptions(torch.cat([far, close]), torch_generator("near"))
+    drawn = near.draw(torch.tensor([[1, 2, 3, 4]]), 6, torch_generator("draw"))
+    assert (drawn[:, :3] == torch.tensor([1, 2, 3])).all()
+    few = NearCaptions(close[:2], torch_generator("near")).draw(close[:1], 5, torch_generator("draw"))
+    assert len(few) == 5, "where there are fewer, some come twice"
+
+
+def test_words_are_told_by_how_rare_they_are():
+    known = torch.tensor([[1, 2, 5, 9], [1, 3, 5, 9], [1, 3, 4, 9], [1, 2, 4, 9]])
+    bag = BagOfWords(6, known, 10)
+    with torch.no_grad():
+        for parameter in bag.parameters():
+            parameter += randn(*parameter.shape, key="bag")
+    feature, own = randn(2, 6, key="feature"), torch.tensor([[1, 2, 5, 9], [1, 9, 1, 9]])
+    found = bag(feature, own)
+    logits = (feature @ bag.to_words.weight.T + bag.to_words.bias).detach().double().numpy()
+    chance = logits - np.log(np.exp(logits).sum(axis=1))[:, None]
+    # Two of four captions have the 2 and the 5, so they share 1; all have the 1 and the 9.
+    assert float(found[0]) == pytest.approx(-(chance[0, 2] + chance[0, 5]) / 2, abs=1e-5)
+    assert float(found[1]) == 0, "nothing that tells"
+    rare = torch.tensor([[2, 7]] + [[2, 3]] * 7 + [[4, 3]] * 8)
+    weight = BagOfWords(6, rare, 10).weight_V
+    assert weight[[2, 7]].tolist() == pytest.approx([math.log(2), math.log(16)])
 
 
 @pytest.mark.parametrize("loss", [info_nce, contrast.sigmoid])
@@ -128,14 +201,13 @@ def test_a_loss_after_chunks_still_trains_under_autocast():
 
         def encode(n: int) -> tuple[Tensor, Tensor]:
             passes.append(torch.is_autocast_enabled("cpu"))
-            return towers.encode(0, n)
+            return towers.encode(0, n)[:2]
 
         with torch.autocast("cpu", dtype=torch.bfloat16):
             if chunks:
                 pair = embed_in_chunks(encode, CHUNKS, towers.parameters())
             else:
-                images, texts = zip(*(towers.encode(0, n) for n in range(CHUNKS)), strict=True)
-                pair = torch.cat(images), torch.cat(texts)
+                pair = joined(towers.encode(0, n)[:2] for n in range(CHUNKS))
             loss = info_nce(*pair, towers.logit_scale).mean() + towers.image(randn(2, 12)).square().mean()
         loss.backward()
         return {n: p.grad for n, p in towers.named_parameters() if p.grad is not None}

@@ -97,6 +97,22 @@ def test_angles_in_fp32_differ_from_the_released_ones_a_little() -> None:
     assert 1e-4 < apart < 0.1
 
 
+def test_weights_of_a_training_begin_as_released_or_by_their_inputs() -> None:
+    wide = replace(SMALL, vision_embed_dim=128, decoder_embed_dim=128, temporal_patch=2)
+    model = VTPModel(wide)
+    model.init_weights(3)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and "text" not in n}
+    inside = {n: m.weight for n, m in layers.items() if "blocks" in n}
+    assert len(inside) == 2 * 2 * 5
+    for name, weight in inside.items():
+        assert float(weight.detach().std()) == pytest.approx(0.02, rel=0.05), name
+    model.init_weights(3, "fan_in")
+    for name, weight in inside.items():
+        # Two blocks add four times.
+        back = 0.5 if name.endswith(("attn.proj", "w3")) else 1.0
+        assert float(weight.detach().std()) == pytest.approx(back * weight.shape[1] ** -0.5, rel=0.05), name
+
+
 @pytest.mark.parametrize(
     ("letter", "tensors", "millions"), [("S", 477, 167.18), ("B", 477, 295.64), ("L", 789, 731.57)]
 )

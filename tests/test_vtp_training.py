@@ -129,6 +129,8 @@ ALONE: dict[str, dict[str, Any]] = {
     "contrast": {"rec": 0.0, "clip": 1.0, "ssl": 0.0},
     "sigmoid": {"rec": 0.0, "clip": 1.0, "clip_loss": "sigmoid", "ssl": 0.0},
     "contrast in chunks": {"rec": 0.0, "clip": 1.0, "clip_chunk": 3, "ssl": 0.0},
+    "contrast, near captions": {"rec": 0.0, "clip": 1.0, "clip_near": 3, "ssl": 0.0},
+    "words": {"rec": 0.0, "clip": 1e-6, "words": 1.0, "ssl": 0.0},
     "distillation": {"rec": 0.0, "clip": 0.0, "ssl": 1.0, "koleo": 0.0, "mask_ratio": [0.3, 0.5]},
     "distillation, mean": {"rec": 0.0, "clip": 0.0, "ssl": 1.0, "koleo": 0.0, "centring": "mean"},
 }
@@ -197,6 +199,72 @@ def test_contrast_in_chunks_is_contrast_at_once(cache: Cache) -> None:
         assert (grad - grads[name]).norm() <= 2e-6 * grads[name].norm() + 1e-8, name
 
 
+def test_a_clip_is_encoded_once_for_both_losses_and_to_the_same_effect(
+    cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found, counts = [], []
+    for chunk in (0, 2):
+        both = {
+            "rec": 1.0,
+            "rec_share": 0.5,
+            "ssl": 0.0,
+            "clip": 1.0,
+            "clip_near": 2,
+            "clip_chunk": chunk,
+            "words": 0.5,
+        }
+        parts = assemble_tokenizer(recipe(vtp=both), cache, Ranks())
+        seen: list[int] = []
+        parts.model.trunk.register_forward_hook(
+            lambda module, given, made, seen=seen: seen.append(len(given[0]))
+        )
+        result = parts.method.losses(batch_of(parts), context())
+        result.loss_B.mean().backward()
+        grads = {n: p.grad for n, p in parts.model.named_parameters() if p.grad is not None}
+        found.append((result, grads))
+        counts.append(seen)
+    # In chunks: the rebuilt half, then all in twos without a graph and once more with one.
+    assert counts == [[4], [2, 2, 2, 2, 2]]
+    (result, grads), (result_too, grads_too) = found
+    torch.testing.assert_close(result.loss_B, result_too.loss_B, atol=1e-6, rtol=0)
+    assert grads.keys() == grads_too.keys()
+    for name, grad in grads_too.items():
+        assert (grad - grads[name]).norm() <= 4e-6 * grads[name].norm() + 1e-8, name
+
+
+def test_near_captions_are_for_training_alone(cache: Cache) -> None:
+    losses = []
+    for near in (0, 3):
+        asked = recipe(vtp={"rec": 0.0, "ssl": 0.0, "clip": 1.0, "clip_near": near})
+        parts = assemble_tokenizer(asked, cache, Ranks())
+        batch = batch_of(parts)
+        told = [parts.method.losses(batch, context(phase=p)).logs["clip"] for p in ("train", "heldout")]
+        losses.append([float(loss) for loss in told])
+    assert losses[1][0] > losses[0][0] + 0.1, "more wrong answers, a larger loss"
+    assert losses[1][1] == losses[0][1]
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_a_tokenizer_like_eager_ones(cache: Cache) -> None:
+    """Clips, crops and hidden patches, with stochastic depth and a look back."""
+    found = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        every = {"ssl_drop": 0.25, "clip_near": 2, "temporal_window": 1, "init": "fan_in"}
+        asked = recipe(vtp=every, train={"compile": compiled, "precision": "bf16"})
+        parts = assemble_tokenizer(asked, cache, Ranks())
+        assert parts.notes == () or not any("compile" in note for note in parts.notes)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = parts.method.losses(batch_of(parts), context()).loss_B.mean()
+        loss.backward()
+        grads = [p.grad.flatten() for p in parts.model.parameters() if p.grad is not None]
+        found.append((loss.detach(), torch.cat(grads)))
+    (loss, grads), (loss_too, grads_too) = found
+    assert float(loss_too) == pytest.approx(float(loss), rel=0.02)
+    assert (grads_too - grads).norm() < 0.05 * grads.norm()
+    torch._dynamo.reset()
+
+
 # The teacher
 
 
@@ -242,7 +310,7 @@ def test_the_head_is_trained_and_the_teacher_is_no_part_of_what_is_kept(cache: C
 
 @pytest.mark.parametrize("centring", ["sinkhorn", "mean"])
 def test_a_resumed_pretraining_is_the_unbroken_one(centring: str, cache: Cache, tmp_path: Path) -> None:
-    asked = recipe(vtp={"centring": centring, "ssl_drop": 0.3, "clip_chunk": 3})
+    asked = recipe(vtp={"centring": centring, "ssl_drop": 0.3, "clip_chunk": 3, "clip_near": 2, "words": 0.5})
     whole, shorter = run(asked, cache, tmp_path / "whole"), run(asked, cache, tmp_path / "other")
     shutil.rmtree(shorter / "checkpoints" / checkpoint.name_of(4))  # as if it had been killed in step 3
     resumed = run(asked, cache, shorter, resume=True)
@@ -375,6 +443,9 @@ WRONG: list[tuple[str, Callable[[], Recipe], str]] = [
         "vtp.ssl_frames 4 is not one frame and groups of 4: use 5",
     ),
     ("words", lambda: recipe(vtp={"context": 2}), "leaves a caption no word"),
+    ("words without contrast", lambda: recipe(vtp={"clip": 0.0, "words": 1.0}), "set vtp.words to 0"),
+    ("near without contrast", lambda: recipe(vtp={"clip": 0.0, "clip_near": 2}), "set vtp.clip_near to 0"),
+    ("a rate of no rest", lambda: recipe(train={"rest_lr": 1e-3}), "train.optimizer muon"),
     ("denoise", lambda: recipe("denoise"), "tokenizer.type pixels is for train.method tokenizer"),
 ]
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from motionloom.methods.tokenizer.adversarial import LeCam, adaptive_weight
-from motionloom.methods.tokenizer.contrast import embed_in_chunks, info_nce, sigmoid
+from motionloom.methods.tokenizer.contrast import Others, embed_in_chunks, info_nce, sigmoid
 from motionloom.methods.tokenizer.self_distil import Centre, sinkhorn
 from motionloom.parallel import Gradients, Ranks, start_ranks
 from motionloom.rng import torch_generator
@@ -47,18 +47,33 @@ class Towers(nn.Module):
                     part.weight.normal_(std=part.in_features**-0.5, generator=generator)
                     part.bias.normal_(std=0.1, generator=generator)
 
-    def encode(self, rank: int, n: int) -> tuple[Tensor, Tensor]:
-        """The n-th chunk of a rank, (CHUNK, WIDTH) each; drop-out is drawn anew, the same, on every call."""
+    def encode(self, rank: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The n-th chunk of a rank, (CHUNK, WIDTH) each, and a text without a picture for each; drop-out is
+        drawn anew, the same, on every call."""
         generator = torch_generator("toy contrast, data", rank, n)
         x = torch.randn(CHUNK, PIXELS, generator=generator)
         kept = torch.rand(CHUNK, PIXELS, generator=generator) > 0.25
-        return self.image(x * kept), self.text(x.flip(-1))
+        near = x + torch.randn(CHUNK, PIXELS, generator=generator)
+        return self.image(x * kept), self.text(x.flip(-1)), self.text(near.flip(-1))
 
-    def loss(self, name: str, image: Tensor, text: Tensor, ranks: Ranks) -> Tensor:
-        """(B,) of one of LOSSES."""
+    def loss(self, name: str, found: Sequence[Tensor], said: Sequence[Tensor], ranks: Ranks) -> Tensor:
+        """(B,) of one of LOSSES. ``said``: the texts and those without a picture, (B, 1) each."""
+        image, text, near = found
+        others = Others.of(*said, near, ranks)
         if name == "info_nce":
-            return info_nce(image, text, self.logit_scale, ranks)
-        return sigmoid(image, text, self.logit_scale, self.logit_bias, ranks)
+            return info_nce(image, text, self.logit_scale, ranks, others)
+        return sigmoid(image, text, self.logit_scale, self.logit_bias, ranks, others)
+
+
+def words(rank: int, n: int) -> tuple[Tensor, Tensor]:
+    """What the texts of a chunk say, and those without a picture: some the same, on both ranks."""
+    number = torch.arange(CHUNK)[:, None] + CHUNK * (rank * CHUNKS + n)
+    return number % 5, (number + 2) % 7
+
+
+def joined(parts: Iterable[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Chunks as one, each kind by itself."""
+    return tuple(torch.cat(kind) for kind in zip(*parts, strict=True))
 
 
 def gradients(name: str, chunked: bool, ranks: Ranks, share: Sequence[int]) -> dict[str, Tensor]:
@@ -69,11 +84,10 @@ def gradients(name: str, chunked: bool, ranks: Ranks, share: Sequence[int]) -> d
     def losses() -> Tensor:
         if chunked:
             trained = [*towers.image.parameters(), *towers.text.parameters(), *towers.idle.parameters()]
-            pair = embed_in_chunks(lambda n: towers.encode(*parts[n]), len(parts), trained)
+            found = embed_in_chunks(lambda n: towers.encode(*parts[n]), len(parts), trained)
         else:
-            images, texts = zip(*(towers.encode(*part) for part in parts), strict=True)
-            pair = torch.cat(images), torch.cat(texts)
-        return towers.loss(name, *pair, ranks)
+            found = joined(towers.encode(*part) for part in parts)
+        return towers.loss(name, found, joined(words(*part) for part in parts), ranks)
 
     averaged = Gradients(losses, towers.parameters(), [], ranks)
     loss = averaged().mean()
@@ -94,11 +108,11 @@ def contrasts(ranks: Ranks) -> dict[str, Any]:
     """Per loss and way: the difference to one process with the joined batch, and how large that is."""
     found: dict[str, Any] = {}
     for name in LOSSES:
-        joined = gradients(name, False, Ranks(), range(ranks.world))
-        found[f"{name} size"] = max(float(g.abs().max()) for n, g in joined.items() if n != "loss")
+        alone = gradients(name, False, Ranks(), range(ranks.world))
+        found[f"{name} size"] = max(float(g.abs().max()) for n, g in alone.items() if n != "loss")
         for chunked in (False, True):
             here = gradients(name, chunked, ranks, [ranks.rank])
-            found[f"{name} {'chunks' if chunked else 'plain'}"] = difference(here, joined)
+            found[f"{name} {'chunks' if chunked else 'plain'}"] = difference(here, alone)
     return found
 
 

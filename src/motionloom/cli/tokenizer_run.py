@@ -19,7 +19,7 @@ from motionloom.methods.tokenizer.decoder import FinetuneDecoder
 from motionloom.methods.tokenizer.pixels import captions, frames
 from motionloom.methods.tokenizer.pretrain import Pretrain
 from motionloom.methods.tokenizer.sizes import model_config
-from motionloom.parallel import Ranks, parallelize
+from motionloom.parallel import Ranks, parallelize, why_not_compile
 from motionloom.tokenizers.vtp import VTPConfig, VTPModel, Words
 from motionloom.tokenizers.vtp.config import CLIP_VOCAB
 from motionloom.tokenizers.vtp.folder import CONFIG
@@ -105,14 +105,16 @@ def assemble_tokenizer(recipe: Recipe, cache: Cache, ranks: Ranks) -> TokenizerP
     if base is not None:
         _require_same(recipe, config, base)
     model = VTPModel(config, recipe.vtp.rope)
-    model.init_weights(recipe.seed)
+    model.init_weights(recipe.seed, recipe.vtp.init)
     notes = list(told)
-    if recipe.train.compile:
-        notes.append("train.compile is not for tokenizers, whose crops have many shapes")
-    parallelize({"vtp": model}, ranks, "ddp")
+    obstacle = why_not_compile(ranks.device) if recipe.train.compile else ""
+    if obstacle:
+        notes.append(f"train.compile: {obstacle}")
+    parallelize({"vtp": model}, ranks, "ddp", compile=recipe.train.compile and not obstacle)
     method: Method
     if recipe.train.method == "tokenizer":
-        method = Pretrain(recipe, model, words if recipe.vtp.clip else None, ranks)
+        known = _captions(cache, loader) if recipe.vtp.clip_near or recipe.vtp.words else []
+        method = Pretrain(recipe, model, words if recipe.vtp.clip else None, ranks, known)
     else:
         method = FinetuneDecoder(recipe, model, ranks)
     return TokenizerParts(recipe, cache, model, words, method, loader, heldout, ranks, tuple(notes))
@@ -169,10 +171,15 @@ def _words(recipe: Recipe, cache: Cache, loader: Loader, base: Path | None) -> t
         return Words.load(base / FOLDER, config.text_context_length, config.text_vocab_size), []
     if c.preset or c.vocab_size == CLIP_VOCAB:
         return Words(77 if c.preset else c.context), []
-    texts = [" ".join(row["captions"]) for row in cache.metadata(loader.row_numbers())]
+    texts = _captions(cache, loader)
     words = Words.learned(texts, c.context, c.vocab_size)
     less = f" of {c.vocab_size} that vtp.vocab_size allows" if words.size < c.vocab_size else ""
     return words, [f"learned {words.size} words{less} from {len(texts)} captions"]
+
+
+def _captions(cache: Cache, loader: Loader) -> list[str]:
+    """Of the clips of training."""
+    return [" ".join(row["captions"]) for row in cache.metadata(loader.row_numbers())]
 
 
 def _require_captions(cache: Cache) -> None:

@@ -55,6 +55,8 @@ def misfits(r: Recipe) -> Iterator[str]:
             f"flow_matching.direction is for train.objective flow and train.method denoise, not "
             f"{r.train.objective} and {r.train.method}: leave it out"
         )
+    if r.train.rest_lr is not None and r.train.optimizer != "muon":
+        yield "train.rest_lr is for train.optimizer muon, which leaves a rest: leave it out, or take muon"
     if r.train.objective != "flow" and r.flow_matching.path != "linear":
         yield "flow_matching.path cosine needs train.objective flow: use path linear or objective flow"
     if r.diffusion.beta_start > r.diffusion.beta_end:

@@ -350,6 +350,9 @@ class TrainConfig(Section):
         default="adamw", description="muon: for the matrices of blocks; the rest takes AdamW."
     )
     lr: Annotated[float, Field(gt=0)] = 1e-4
+    rest_lr: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="muon: of what AdamW takes; none: `lr` too."
+    )
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     warmup_steps: NotNegative = 0
     min_lr_ratio: Fraction = Field(default=0.0, description="Where cosine and linear end, as a part of `lr`.")

@@ -46,6 +46,10 @@ class VtpConfig(Section):
     temporal_window: NotNegative = Field(
         default=0, description="How many latent frames back a token sees its own place."
     )
+    init: Literal["released", "fan_in"] = Field(
+        default="released",
+        description="How weights begin: all of deviation .02, or by their inputs, for narrow models.",
+    )
     rope: Literal["bf16", "fp32"] = Field(default="fp32", description="bf16: as the released models.")
 
     # The three losses
@@ -61,6 +65,13 @@ class VtpConfig(Section):
     clip_loss: Literal["infonce", "sigmoid"] = "infonce"
     clip_chunk: NotNegative = Field(
         default=0, description="Contrast in parts of so many clips, in the memory of one; 0: at once."
+    )
+    clip_near: NotNegative = Field(
+        default=0,
+        description="Captions of other clips, each near to its own, that a clip is told apart from besides.",
+    )
+    words: Weight = Field(
+        default=0.0, description="Weight of telling which words a caption has, with no text tower between."
     )
     rec_share: Fraction = Field(default=0.125, description="Part of the batch that is rebuilt.")
     ssl_share: Fraction = Field(default=0.25, description="Part of the batch that is distilled.")

@@ -50,6 +50,9 @@ def vtp_misfits(r: Recipe) -> Iterator[str]:
         yield "vtp.rec has no part with a weight: raise vtp.l1, vtp.l2 or vtp.perceptual"
     if not c.rec and r.train.sample_every_steps:
         yield "train.sample_every_steps shows what is rebuilt, and vtp.rec is 0: set it to 0 as well"
+    if not c.clip and (c.words or c.clip_near):
+        name = "words" if c.words else "clip_near"
+        yield f"vtp.{name} takes captions as vtp.clip reads them, which is 0: set vtp.{name} to 0 as well"
     if c.clip and not c.preset and c.vocab_size < 258:
         yield f"vtp.vocab_size {c.vocab_size} has no room for 256 bytes and two marks: use 512 or so"
     if c.clip and r.train.batch_size < 2:

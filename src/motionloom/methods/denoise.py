@@ -34,7 +34,7 @@ from motionloom.plans import (
 from motionloom.plans.tokens import ByModality
 from motionloom.text.base import TextEncoder, drop_captions, encode_scenes
 from motionloom.train.method import Losses, StepContext
-from motionloom.train.muon import OPTIMIZERS
+from motionloom.train.muon import make_optimizer
 
 
 class Denoise:
@@ -69,9 +69,7 @@ class Denoise:
             assert isinstance(self._text_encoder, nn.Module)
             self._modules["text_encoder"] = self._text_encoder
         t = recipe.train
-        self._optimizers: dict[str, torch.optim.Optimizer] = {
-            "denoise": OPTIMIZERS[t.optimizer](self._modules, t.lr, t.betas, t.weight_decay)
-        }
+        self._optimizers: dict[str, torch.optim.Optimizer] = {"denoise": make_optimizer(self._modules, t)}
 
     def modules(self) -> dict[str, nn.Module]:
         """``backbone``, and ``text_encoder`` when it is trained."""

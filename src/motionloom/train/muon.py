@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from motionloom.config.recipe import TrainConfig
 from motionloom.errors import UserError
 from motionloom.train.optim import adamw, decays, parameter_groups
 
@@ -44,9 +45,15 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def muon(
-    modules: Mapping[str, nn.Module], lr: float, betas: tuple[float, float], weight_decay: float
+    modules: Mapping[str, nn.Module],
+    lr: float,
+    betas: tuple[float, float],
+    weight_decay: float,
+    rest_lr: float | None = None,
 ) -> MuonAdamW:
     """:class:`MuonAdamW` over everything trainable in ``modules``.
+
+    ``rest_lr``: base rate of what AdamW takes; None: ``lr`` too.
 
     Raises:
         UserError: no module has blocks with trainable matrices, so there is nothing for Muon.
@@ -64,7 +71,8 @@ def muon(
         for is_muon in (True, False):
             params = [p for p in group["params"] if (id(p) in matrices) is is_muon]
             if params:
-                groups.append({**group, "params": params, "muon": is_muon})
+                rate = lr if is_muon or rest_lr is None else rest_lr
+                groups.append({**group, "params": params, "muon": is_muon, "lr": rate})
     if not any(group["muon"] for group in groups):
         raise UserError("train.optimizer muon finds no trainable block matrices: use adamw")
     return MuonAdamW(groups, lr, betas)
@@ -77,5 +85,19 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
     return list(blocks()) if callable(blocks) and not isinstance(blocks, nn.Module) else []
 
 
-OPTIMIZERS = {"adamw": adamw, "muon": muon}
-"""By ``train.optimizer``."""
+def make_optimizer(
+    modules: Mapping[str, nn.Module],
+    t: TrainConfig,
+    lr: float | None = None,
+    betas: tuple[float, float] | None = None,
+) -> torch.optim.Optimizer:
+    """What a recipe's ``train`` says, over everything trainable in ``modules``; ``lr`` and ``betas`` in the
+    place of its own where given.
+
+    Raises:
+        UserError: nothing is trainable, or Muon finds no matrices of blocks.
+    """
+    lr, betas = lr or t.lr, betas or t.betas
+    if t.optimizer == "muon":
+        return muon(modules, lr, betas, t.weight_decay, t.rest_lr)
+    return adamw(modules, lr, betas, t.weight_decay)

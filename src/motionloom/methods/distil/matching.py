@@ -48,7 +48,7 @@ from motionloom.methods.distil.ode import level_table, student_modules
 from motionloom.plans import NOTHING, Sample, Text
 from motionloom.train.lora import without_adapters
 from motionloom.train.method import Losses, StepContext
-from motionloom.train.muon import OPTIMIZERS
+from motionloom.train.muon import make_optimizer
 
 
 @dataclass(frozen=True)
@@ -97,10 +97,9 @@ class Matching:
         self._scores = TimeSampling("uniform", shift=d.score_shift, min=low, max=high, limits="clamp")
         self._schedule = teacher.model.predictor.schedule
         betas = d.betas or t.betas
-        make = OPTIMIZERS[t.optimizer]
         self._optimizers: dict[str, torch.optim.Optimizer] = {
-            "student": make(self._modules, t.lr, betas, t.weight_decay),
-            "critic": make(self._beside, d.critic_lr or t.lr, betas, t.weight_decay),
+            "student": make_optimizer(self._modules, t, betas=betas),
+            "critic": make_optimizer(self._beside, t, d.critic_lr, betas),
         }
 
     def modules(self) -> dict[str, nn.Module]:

@@ -24,7 +24,7 @@ from motionloom.nn.patching import patchify
 from motionloom.plans import Layout
 from motionloom.plans.layout import Track
 from motionloom.train.method import Losses, StepContext
-from motionloom.train.muon import OPTIMIZERS
+from motionloom.train.muon import make_optimizer
 
 
 class Regression:
@@ -34,9 +34,7 @@ class Regression:
         self._pupil = Pupil(student)
         self._modules = student_modules(student)
         t = recipe.train
-        self._optimizers: dict[str, torch.optim.Optimizer] = {
-            t.method: OPTIMIZERS[t.optimizer](self._modules, t.lr, t.betas, t.weight_decay)
-        }
+        self._optimizers: dict[str, torch.optim.Optimizer] = {t.method: make_optimizer(self._modules, t)}
 
     def modules(self) -> dict[str, nn.Module]:
         """The student's."""

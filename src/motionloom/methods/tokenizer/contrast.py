@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,13 +29,42 @@ SIGMOID_SCALE, SIGMOID_BIAS = math.log(10), -10.0
 MOST_SCALE = math.log(100)
 
 
-def info_nce(image_BE: Tensor, text_BE: Tensor, logit_scale: Tensor, ranks: Ranks = ALONE) -> Tensor:
+@dataclass(frozen=True)
+class Others:
+    """What else is known of the texts that a picture is told apart from."""
+
+    near_NE: Tensor | None = None
+    """Texts without a picture, not normalised, equally many on every rank: further wrong answers."""
+    same_BA: Tensor | None = None
+    """(B, W * (B + N)): True where a text says the same as the picture's own, so that it is neither right nor
+    wrong: all ranks' texts, then all those without a picture. Its own text counts whatever stands there."""
+
+    @staticmethod
+    def of(tokens_BL: Tensor, near_NL: Tensor | None, near_NE: Tensor | None, ranks: Ranks = ALONE) -> Others:
+        """From the texts themselves."""
+        all_AL = gather(tokens_BL, ranks)
+        if near_NL is not None:
+            all_AL = torch.cat([all_AL, gather(near_NL, ranks)])
+        return Others(near_NE, (tokens_BL[:, None] == all_AL).all(dim=-1))
+
+
+NOTHING_ELSE = Others()
+
+
+def info_nce(
+    image_BE: Tensor,
+    text_BE: Tensor,
+    logit_scale: Tensor,
+    ranks: Ranks = ALONE,
+    others: Others = NOTHING_ELSE,
+) -> Tensor:
     """Symmetric softmax contrast (CLIP, arXiv 2103.00020, fig. 3).
 
     Args:
         image_BE, text_BE: pairs, not normalised; equally many on every rank.
         logit_scale: scalar, the logarithm of what cosines are multiplied by.
         ranks: whose batches are joined.
+        others: texts that are no answer, and further ones.
 
     Returns:
         (B,) mean of the two cross-entropies of each pair, float32. The average over ranks of its mean, and of
@@ -48,13 +78,24 @@ def info_nce(image_BE: Tensor, text_BE: Tensor, logit_scale: Tensor, ranks: Rank
         image_BE, text_BE = _unit(image_BE), _unit(text_BE)
         scale = logit_scale.float().exp()
         own_B = torch.arange(len(image_BE), device=image_BE.device) + ranks.rank * len(image_BE)
-        to_text = F.cross_entropy(scale * image_BE @ gather(text_BE, ranks).T, own_B, reduction="none")
-        to_image = F.cross_entropy(scale * text_BE @ gather(image_BE, ranks).T, own_B, reduction="none")
+        asked_BA = _asked(own_B, others, ranks)
+        texts = scale * image_BE @ _all_texts(text_BE, others, ranks).T
+        images = scale * text_BE @ gather(image_BE, ranks).T
+        if asked_BA is not None:
+            texts = texts.masked_fill(~asked_BA, float("-inf"))
+            images = images.masked_fill(~asked_BA[:, : images.shape[1]], float("-inf"))
+        to_text = F.cross_entropy(texts, own_B, reduction="none")
+        to_image = F.cross_entropy(images, own_B, reduction="none")
         return (to_text + to_image) / 2
 
 
 def sigmoid(
-    image_BE: Tensor, text_BE: Tensor, logit_scale: Tensor, logit_bias: Tensor, ranks: Ranks = ALONE
+    image_BE: Tensor,
+    text_BE: Tensor,
+    logit_scale: Tensor,
+    logit_bias: Tensor,
+    ranks: Ranks = ALONE,
+    others: Others = NOTHING_ELSE,
 ) -> Tensor:
     """Every pair of the batch is a yes-or-no question of its own (SigLIP, arXiv 2303.15343, sec. 3.2).
 
@@ -62,12 +103,14 @@ def sigmoid(
     """
     _require_company(image_BE, text_BE, ranks)
     with _float32(image_BE):
-        text_AE = gather(_unit(text_BE), ranks)
+        text_AE = _all_texts(_unit(text_BE), others, ranks)
         logits_BA = logit_scale.float().exp() * _unit(image_BE) @ text_AE.T + logit_bias.float()
+        own_B = torch.arange(len(image_BE), device=image_BE.device) + ranks.rank * len(image_BE)
         # +1 where the words are the picture's own, -1 elsewhere.
-        sign_BA = 2 * torch.eye(len(text_AE), device=logits_BA.device) - 1
-        begin = ranks.rank * len(image_BE)
-        return -F.logsigmoid(sign_BA[begin : begin + len(image_BE)] * logits_BA).sum(dim=1)
+        sign_BA = 2 * F.one_hot(own_B, len(text_AE)) - 1
+        lost_BA = -F.logsigmoid(sign_BA * logits_BA)
+        asked_BA = _asked(own_B, others, ranks)
+        return (lost_BA if asked_BA is None else lost_BA * asked_BA).sum(dim=1)
 
 
 @torch.no_grad()
@@ -77,8 +120,8 @@ def clamp_scale_(logit_scale: Tensor) -> Tensor:
 
 
 def embed_in_chunks(
-    encode: Callable[[int], tuple[Tensor, Tensor]], chunks: int, parameters: Iterable[nn.Parameter]
-) -> tuple[Tensor, Tensor]:
+    encode: Callable[[int], tuple[Tensor, ...]], chunks: int, parameters: Iterable[nn.Parameter]
+) -> tuple[Tensor, ...]:
     """Embeddings of a batch whose activations would not fit into memory (GradCache, arXiv 2101.06983).
 
     All chunks are embedded without a graph. A loss of the embeddings, gathered over ranks or not, gives their
@@ -86,13 +129,13 @@ def embed_in_chunks(
     gradients of ``parameters`` arrive where autograd expects them, so DDP averages them as any others.
 
     Args:
-        encode: image and text embeddings, (b, E) each, of the n-th chunk. Called twice for each: what it
-            draws must be keyed by the chunk.
+        encode: embeddings of the n-th chunk, of images, texts and what else there is, (b, E) each. Called
+            twice for each: what it draws must be keyed by the chunk.
         chunks: how many there are.
         parameters: everything that ``encode`` trains. What is not named here gets no gradient.
 
     Returns:
-        Image and text embeddings (B, E) of all chunks in order.
+        The embeddings (B, E) of all chunks in order, each kind by itself.
 
     Raises:
         UserError: a parameter is cut over ranks (FSDP), whose whole weights exist in a forward pass alone.
@@ -103,30 +146,30 @@ def embed_in_chunks(
             "contrast in chunks does not work with weights that are cut over ranks: set train.sharding=ddp, "
             "or embed the batch in one chunk"
         )
-    image_BE, text_BE = _Chunked.apply(encode, chunks, *trained)
-    return image_BE, text_BE
+    joined: tuple[Tensor, ...] = _Chunked.apply(encode, chunks, *trained)
+    return joined
 
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, encode: Callable[[int], tuple[Tensor, Tensor]], chunks: int, *trained: Tensor
-    ) -> tuple[Tensor, Tensor]:
+        ctx: Any, encode: Callable[[int], tuple[Tensor, ...]], chunks: int, *trained: Tensor
+    ) -> tuple[Tensor, ...]:
         # The second pass is run by the backward, which is called outside of autocast.
         kind = trained[0].device.type if trained else "cpu"
         enabled, dtype = torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
         ctx.precision = lambda: torch.autocast(kind, dtype=dtype, enabled=enabled)
         parts = [encode(n) for n in range(chunks)]
         ctx.encode, ctx.trained = encode, trained
-        ctx.sizes = [len(image) for image, _ in parts]
-        images, texts = zip(*parts, strict=True)
-        return torch.cat(images), torch.cat(texts)
+        kinds = list(zip(*parts, strict=True))
+        ctx.sizes = [[len(part) for part in kind] for kind in kinds]
+        return tuple(torch.cat(kind) for kind in kinds)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         found: list[Tensor | None] = [None] * len(ctx.trained)
-        cuts = zip(*(grad.split(ctx.sizes) for grad in grads), strict=True)
+        cuts = zip(*(grad.split(sizes) for grad, sizes in zip(grads, ctx.sizes, strict=True)), strict=True)
         for n, cut in enumerate(cuts):
             with torch.enable_grad(), ctx.precision():
                 embedded = ctx.encode(n)
@@ -139,6 +182,21 @@ class _Chunked(torch.autograd.Function):
                     so_far = found[i]
                     found[i] = part if so_far is None else so_far + part
         return None, None, *found
+
+
+def _all_texts(text_BE: Tensor, others: Others, ranks: Ranks) -> Tensor:
+    """Those of all ranks, and behind them those without a picture."""
+    text_AE = gather(text_BE, ranks)
+    if others.near_NE is None:
+        return text_AE
+    return torch.cat([text_AE, gather(_unit(others.near_NE), ranks)])
+
+
+def _asked(own_B: Tensor, others: Others, ranks: Ranks) -> Tensor | None:
+    """(B, A) where a text is right or wrong; None: all are."""
+    if others.same_BA is None:
+        return None
+    return ~others.same_BA | F.one_hot(own_B, others.same_BA.shape[1]).bool()
 
 
 def _require_company(image_BE: Tensor, text_BE: Tensor, ranks: Ranks) -> None:

@@ -27,7 +27,7 @@ from motionloom.parallel import Ranks
 from motionloom.rng import torch_generator
 from motionloom.tokenizers.vtp import VTPModel
 from motionloom.train.method import Losses, StepContext
-from motionloom.train.muon import OPTIMIZERS
+from motionloom.train.muon import make_optimizer
 from motionloom.train.optim import adamw
 
 
@@ -49,7 +49,7 @@ class FinetuneDecoder:
         self._judge.to(ranks.device)
         self._lecam = LeCam().to(ranks.device)
         self._optimizers: dict[str, torch.optim.Optimizer] = {
-            "decoder": OPTIMIZERS[t.optimizer]({"vtp": model}, t.lr, t.betas, t.weight_decay),
+            "decoder": make_optimizer({"vtp": model}, t),
             # It has no blocks, which another optimiser would ask for.
             "discriminator": adamw({"discriminator": self._judge}, c.gan_lr or t.lr, t.betas, t.weight_decay),
         }

@@ -12,6 +12,7 @@ crops; K prototypes, M masked patches.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,9 @@ from motionloom.config.recipe import Recipe
 from motionloom.config.vtp import VtpConfig
 from motionloom.data.batch import Batch
 from motionloom.methods.tokenizer import contrast, self_distil
+from motionloom.methods.tokenizer.bag import BagOfWords
 from motionloom.methods.tokenizer.crops import Crops, CropSpec, Masks, block_masks, multi_crop
+from motionloom.methods.tokenizer.near import NearCaptions
 from motionloom.methods.tokenizer.perceptual import Perceptual
 from motionloom.methods.tokenizer.pixels import Share, captions, frames, latent_cells, unit_frames
 from motionloom.methods.tokenizer.self_distil import Centre, DinoHead, Teacher
@@ -30,8 +33,9 @@ from motionloom.rng import torch_generator
 from motionloom.tokenizers.vtp import VTPModel, Words
 from motionloom.tokenizers.vtp.layers import Drop
 from motionloom.tokenizers.vtp.tokenizer import normalise, unit_pixels
+from motionloom.tokenizers.vtp.towers import Features
 from motionloom.train.method import Losses, StepContext
-from motionloom.train.muon import OPTIMIZERS
+from motionloom.train.muon import make_optimizer
 
 HEAD = "dino"
 
@@ -69,26 +73,40 @@ class Pretrain:
     Args:
         model: in place on its device (``parallel.parallelize``).
         words: turns captions into the model's tokens; needed where ``vtp.clip`` is above 0.
+        known: captions of the training's clips, for ``vtp.clip_near`` and ``vtp.words``.
     """
 
-    def __init__(self, recipe: Recipe, model: VTPModel, words: Words | None, ranks: Ranks) -> None:
+    def __init__(
+        self, recipe: Recipe, model: VTPModel, words: Words | None, ranks: Ranks, known: Sequence[str] = ()
+    ) -> None:
         self._config, self._model, self._words, self._ranks = recipe.vtp, model, words, ranks
+        self._near: NearCaptions | None = None
+        self._bag: BagOfWords | None = None
+        if words is not None and (recipe.vtp.clip_near or recipe.vtp.words):
+            known_TL = words(known)
+            if recipe.vtp.clip_near:
+                self._near = NearCaptions(known_TL, torch_generator(recipe.seed, "near captions"))
+            if recipe.vtp.words:
+                self._bag = BagOfWords(model.config.vision_embed_dim, known_TL, words.size).to(ranks.device)
         self._steps = recipe.train.max_steps
         self._reconstruction = Reconstruction(recipe.vtp, ranks.device) if recipe.vtp.rec else None
         self._distil = Distillation(recipe, model, ranks) if recipe.vtp.ssl else None
         trained: dict[str, nn.Module] = {"vtp": model}
         if self._distil is not None:
             trained["head"] = self._distil.head
+        if self._bag is not None:
+            trained["bag"] = self._bag
         t = recipe.train
-        self._optimizers = {"tokenizer": OPTIMIZERS[t.optimizer](trained, t.lr, t.betas, t.weight_decay)}
+        self._optimizers = {"tokenizer": make_optimizer(trained, t)}
 
     def modules(self) -> dict[str, nn.Module]:
         """``vtp``."""
         return {"vtp": self._model}
 
     def beside(self) -> dict[str, nn.Module]:
-        """Of self-distillation: its head, its teacher and its centres."""
-        return {} if self._distil is None else self._distil.modules()
+        """Of self-distillation: its head, its teacher and its centres; and the map to words."""
+        found = {} if self._distil is None else self._distil.modules()
+        return found if self._bag is None else {**found, "bag": self._bag}
 
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         """One over the model and the head."""
@@ -107,54 +125,102 @@ class Pretrain:
         c = self._config
         if c.clip and context.phase == "train" and not context.rehearsal:
             contrast.clamp_scale_(self._model.logit_scale)
-        loss_B = torch.zeros(len(batch.ids), device=batch.video.x_BFHWC.device)
+        x_BP3HW = frames(batch)
+        loss_B = torch.zeros(len(batch.ids), device=x_BP3HW.device)
         logs: dict[str, Tensor] = {}
-        if self._reconstruction is not None:
-            part_B, found = self._rebuilt(self._reconstruction, batch, context)
-            loss_B, logs = loss_B + c.rec * part_B, logs | found
         # The last held-out batch may be a clip alone, which has nothing to be told apart from.
-        if c.clip and (context.phase == "train" or len(batch.ids) > 1):
-            part_B = self._contrasted(batch, context)
-            logs |= {"clip": part_B.detach().mean(), "logit_scale": self._model.logit_scale.detach().exp()}
-            loss_B = loss_B + c.clip * part_B
+        contrasted = bool(c.clip) and (context.phase == "train" or len(batch.ids) > 1)
+        # Where both losses would have the same features of a clip, it is encoded once.
+        once = contrasted and not c.rec_drop and not c.clip_drop and self._chunks(x_BP3HW) == 1
+        seen = self._model.trunk(x_BP3HW) if once else None
+        if self._reconstruction is not None:
+            part_B, found = self._rebuilt(self._reconstruction, batch, x_BP3HW, seen, context)
+            loss_B, logs = loss_B + c.rec * part_B, logs | found
+        if contrasted:
+            part_B, found = self._contrasted(batch, x_BP3HW, seen, context)
+            logs |= found | {"logit_scale": self._model.logit_scale.detach().exp()}
+            loss_B = loss_B + part_B
         if self._distil is not None:
             part_B, found = self._distil(batch, context)
             loss_B, logs = loss_B + c.ssl * part_B, logs | found
         return Losses(loss_B, num_tokens=latent_cells(batch, self._model.config), logs=logs)
 
+    def _chunks(self, x_BP3HW: Tensor) -> int:
+        return -(-len(x_BP3HW) // (self._config.clip_chunk or len(x_BP3HW)))
+
     def _rebuilt(
-        self, reconstruction: Reconstruction, batch: Batch, context: StepContext
+        self,
+        reconstruction: Reconstruction,
+        batch: Batch,
+        x_BP3HW: Tensor,
+        seen: Features | None,
+        context: StepContext,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         share = Share.of(batch, self._config.rec_share, context, "rebuilt")
-        x_BP3HW = frames(batch)[share.rows]
-        features = self._model.trunk(x_BP3HW, drop=drop_for(self._config.rec_drop, context, "rec drop"))
+        x_BP3HW = x_BP3HW[share.rows]
+        if seen is not None:
+            features = seen.of(share.rows)
+        else:
+            features = self._model.trunk(x_BP3HW, drop=drop_for(self._config.rec_drop, context, "rec drop"))
         made_BP3HW = self._model.pixel_decoder(self._model.latents(features))
         loss, logs = reconstruction(made_BP3HW, x_BP3HW)
         return share.spread(loss), logs
 
-    def _contrasted(self, batch: Batch, context: StepContext) -> Tensor:
+    def _contrasted(
+        self, batch: Batch, x_BP3HW: Tensor, seen: Features | None, context: StepContext
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What clips and captions have to say of each other: (B,) losses, weighted, and their parts."""
         assert self._words is not None
-        x_BP3HW, tokens_BL = frames(batch), self._words(captions(batch)).to(batch.video.x_BFHWC.device)
-        chunk = self._config.clip_chunk or len(x_BP3HW)
+        c, tokens_BL = self._config, self._words(captions(batch))
+        near_NL = self._near_to(tokens_BL, context)
+        device, chunks = x_BP3HW.device, self._chunks(x_BP3HW)
+        tokens_BL, near_NL = tokens_BL.to(device), None if near_NL is None else near_NL.to(device)
+        chunk = -(-len(x_BP3HW) // chunks)
 
-        def embed(n: int) -> tuple[Tensor, Tensor]:
+        def embed(n: int) -> tuple[Tensor, ...]:
+            """Of a chunk's clips what stands beside texts and what words are told from; its texts."""
             rows = slice(n * chunk, (n + 1) * chunk)
-            drop = drop_for(self._config.clip_drop, context, f"clip drop {n}")
-            features = self._model.trunk(x_BP3HW[rows], drop=drop)
-            return self._model.clip_image(features), self._model.clip_text(tokens_BL[rows])
+            features = seen
+            if features is None:
+                drop = drop_for(c.clip_drop, context, f"clip drop {n}")
+                features = self._model.trunk(x_BP3HW[rows], drop=drop)
+            clips = self._model.clip_image(features), features.clip_BD
+            texts_NL = tokens_BL[rows]
+            if near_NL is None:
+                return *clips, self._model.clip_text(texts_NL)
+            around_NL = near_NL[rows.start * c.clip_near : rows.stop * c.clip_near]
+            texts_NE = self._model.clip_text(torch.cat([texts_NL, around_NL]))
+            return *clips, *texts_NE.split([len(texts_NL), len(around_NL)])
 
-        chunks = -(-len(x_BP3HW) // chunk)
-        if chunks == 1:
-            image_BE, text_BE = embed(0)
-        else:
-            image_BE, text_BE = contrast.embed_in_chunks(embed, chunks, self._model.parameters())
+        embedded = (
+            embed(0) if chunks == 1 else contrast.embed_in_chunks(embed, chunks, self._model.parameters())
+        )
+        image_BE, feature_BD, text_BE = embedded[:3]
         # Held-out batches are not alike on all ranks, so each contrasts its own.
         ranks = self._ranks if context.phase == "train" else contrast.ALONE
-        if self._config.clip_loss == "sigmoid":
-            bias = self._model.logit_bias
-            assert bias is not None
-            return contrast.sigmoid(image_BE, text_BE, self._model.logit_scale, bias, ranks)
-        return contrast.info_nce(image_BE, text_BE, self._model.logit_scale, ranks)
+        others = contrast.Others.of(tokens_BL, near_NL, embedded[3] if near_NL is not None else None, ranks)
+        loss_B = self._told_apart(image_BE, text_BE, ranks, others)
+        logs = {"clip": loss_B.detach().mean()}
+        loss_B = c.clip * loss_B
+        if self._bag is not None:
+            words_B = self._bag(feature_BD, tokens_BL)
+            logs["words"] = words_B.detach().mean()
+            loss_B = loss_B + c.words * words_B
+        return loss_B, logs
+
+    def _told_apart(self, image_BE: Tensor, text_BE: Tensor, ranks: Ranks, others: contrast.Others) -> Tensor:
+        scale = self._model.logit_scale
+        if self._config.clip_loss == "infonce":
+            return contrast.info_nce(image_BE, text_BE, scale, ranks, others)
+        bias = self._model.logit_bias
+        assert bias is not None
+        return contrast.sigmoid(image_BE, text_BE, scale, bias, ranks, others)
+
+    def _near_to(self, tokens_BL: Tensor, context: StepContext) -> Tensor | None:
+        """Held out, a caption is told apart from those of its batch alone."""
+        if self._near is None or context.phase != "train":
+            return None
+        return self._near.draw(tokens_BL, self._config.clip_near, context.generator("near captions"))
 
 
 class Distillation:

@@ -22,7 +22,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     Args:
         q, k, v: (..., H, N, D), (..., H, M, D), (..., H, M, D), of one dtype.
         mask: broadcastable to (..., H, N, M). Boolean, True where the query may look; or such a mask after
-            :func:`prepare_mask`. Every query must see at least one key.
+            :func:`prepare_mask`; or what is added to the scores, which may be learned. Every query must see
+            at least one key.
 
     Returns:
         (..., H, N, D).
@@ -65,16 +66,21 @@ class _Matmul(torch.autograd.Function):
             scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
         p = scores.softmax(-1).to(v.dtype)
         ctx.save_for_backward(q, k, v, p)
+        ctx.bias = None if mask is None else (mask.dtype, mask.shape)
         return p @ v
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         q, k, v, p = ctx.saved_tensors
         grad = grad.to(v.dtype)
         # dL/dscores = p (dL/dp - sum(p dL/dp)), softmax's own backward.
         grad_scores = torch._softmax_backward_data(grad @ v.transpose(-1, -2), p, -1, p.dtype)
-        return grad_scores @ k, grad_scores.transpose(-1, -2) @ q, p.transpose(-1, -2) @ grad, None
+        bias = None
+        if ctx.needs_input_grad[3]:  # what is added to the scores is learned
+            dtype, shape = ctx.bias
+            bias = grad_scores.to(dtype).sum_to_size(shape)
+        return grad_scores @ k, grad_scores.transpose(-1, -2) @ q, p.transpose(-1, -2) @ grad, bias
 
 
 def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -82,6 +88,7 @@ def fused_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None)
     into one."""
     lead = q.shape[:-3]
     if mask is not None:
+        mask = mask if mask.ndim > 2 else mask[None]
         mask = mask.broadcast_to(*lead, *mask.shape[-3:]).flatten(0, -4)
         if mask.dtype != torch.bool:
             mask = mask.to(q.dtype)

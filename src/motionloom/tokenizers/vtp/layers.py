@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from motionloom.nn.attention import attend, join_heads
 from motionloom.nn.init import fill
 from motionloom.tokenizers.vtp.config import swiglu_hidden
 
@@ -98,8 +99,7 @@ class Attention(nn.Module):
     def forward(self, x_BND: Tensor, tables: Tables) -> Tensor:
         q, k, v = self.qkv(x_BND).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = turn(self.q_norm(q), tables), turn(self.k_norm(k), tables)
-        mixed_BHNE = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)
-        return self.proj(mixed_BHNE.transpose(1, 2).flatten(2))
+        return self.proj(join_heads(attend(q.to(v.dtype), k.to(v.dtype), v)))
 
 
 class SwiGLU(nn.Module):
@@ -171,6 +171,10 @@ class Block(nn.Module):
         self.ls1 = nn.Identity() if scale is None else LayerScale(width, scale)
         self.ls2 = nn.Identity() if scale is None else LayerScale(width, scale)
 
+    def ends(self) -> tuple[nn.Linear, nn.Linear]:
+        """Of what is added back, the last layers."""
+        return self.attn.proj, self.mlp.w3
+
     def forward(self, x_BND: Tensor, tables: Tables, drop: Drop | None = None) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
         add = no_drop if drop is None else drop.add
@@ -178,13 +182,25 @@ class Block(nn.Module):
         return add(x_BND, lambda x: self.ls2(self.mlp(self.norm2(x))))
 
 
+Start = Literal["released", "fan_in"]
+"""How weights are drawn for a training from the start."""
+
+
 @torch.no_grad()
-def init_layers(module: nn.Module, generator: torch.Generator) -> None:
-    """Weights of everything in this file as for a training from the start: linear layers and convolutions of
-    deviation .02 (which the released code cuts at 100 deviations), biases 0, norms 1."""
+def init_layers(module: nn.Module, generator: torch.Generator, start: Start, depth: int) -> None:
+    """Weights of everything in this file as for a training from the start; biases 0, norms 1.
+
+    ``released``: linear layers and convolutions of deviation .02 (which the released code cuts at 100
+    deviations). ``fan_in``: of one over the root of their inputs, and what is added back of (2 depth)^-1/2 of
+    that, as GPT-2's: the same at the released widths, nearly, and five times as much at a width of 96.
+    """
+    back = {id(layer) for block in module.modules() if isinstance(block, Block) for layer in block.ends()}
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Conv2d):
-            part.weight.normal_(std=0.02, generator=generator)
+            std = 0.02
+            if start == "fan_in":
+                std = part.weight[0].numel() ** -0.5 * ((2 * depth) ** -0.5 if id(part) in back else 1.0)
+            part.weight.normal_(std=std, generator=generator)
             if part.bias is not None:
                 part.bias.zero_()
         elif isinstance(part, RMSNorm):

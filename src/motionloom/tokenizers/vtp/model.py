@@ -20,7 +20,7 @@ from motionloom.nn.init import fill
 from motionloom.rng import torch_generator
 from motionloom.tokenizers.vtp.config import VTPConfig
 from motionloom.tokenizers.vtp.folder import read_weights, write_folder
-from motionloom.tokenizers.vtp.layers import RopePrecision
+from motionloom.tokenizers.vtp.layers import RopePrecision, Start
 from motionloom.tokenizers.vtp.text_tower import TextTransformer
 from motionloom.tokenizers.vtp.towers import Features, PixelDecoder, Trunk
 
@@ -80,16 +80,19 @@ class VTPModel(nn.Module):
         write_folder(self, self.config, Path(folder))
 
     @torch.no_grad()
-    def init_weights(self, seed: int) -> None:
-        """Weights for a training from the start, a pure function of the seed."""
-        self.trunk.init_weights(torch_generator(seed, "vtp trunk"))
+    def init_weights(self, seed: int, start: Start = "released") -> None:
+        """Weights for a training from the start, a pure function of the seed; ``start``: see
+        :func:`~motionloom.tokenizers.vtp.layers.init_layers`."""
+        self.trunk.init_weights(torch_generator(seed, "vtp trunk"), start)
         if self.config.train_reconstruction:
-            self.pixel_decoder.init_weights(torch_generator(seed, "vtp decoder"))
+            self.pixel_decoder.init_weights(torch_generator(seed, "vtp decoder"), start)
         if not self.config.train_clip:
             return
         generator = torch_generator(seed, "vtp text")
         width = self.config.text_embed_dim
-        self.visual_proj.weight.normal_(std=0.02, generator=generator)
+        self.visual_proj.weight.normal_(
+            std=0.02 if start == "released" else self.visual_proj.in_features**-0.5, generator=generator
+        )
         self.token_embedding.weight.normal_(std=0.02, generator=generator)
         self.positional_embedding.normal_(std=0.01, generator=generator)
         self.text_transformer.init_weights(generator)

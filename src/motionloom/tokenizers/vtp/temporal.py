@@ -11,9 +11,9 @@ of a head; p side of a patch, h x w grid, C channels.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from motionloom.nn.attention import attend
 from motionloom.nn.init import fill
 from motionloom.tokenizers.vtp.layers import NORMS
 
@@ -69,7 +69,7 @@ class LookBack(nn.Module):
         if past is not None:
             k, v = torch.cat([past[0], k], dim=2), torch.cat([past[1], v], dim=2)
         bias_HFK = self._bias(f, k.shape[2] - f)
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=bias_HFK.to(q.dtype))
+        mixed = attend(q, k, v, bias_HFK)
         added = self.proj(mixed.unflatten(0, (b, n)).permute(0, 3, 1, 2, 4).flatten(3))
         return added, (k[:, :, -self.window :], v[:, :, -self.window :])
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from motionloom.nn.attention import attend, join_heads
 from motionloom.nn.init import fill
 from motionloom.tokenizers.vtp.config import VTPConfig
 
@@ -27,8 +28,9 @@ class CausalAttention(nn.Module):
         """(B, L, D) -> (B, L, D)."""
         qkv = F.linear(x_BLD, self.in_proj_weight, self.in_proj_bias)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.out_proj(mixed.transpose(1, 2).flatten(2))
+        places = x_BLD.shape[1]
+        before_LL = torch.ones(places, places, dtype=torch.bool, device=x_BLD.device).tril()
+        return self.out_proj(join_heads(attend(q, k, v, before_LL)))
 
 
 class TextBlock(nn.Module):

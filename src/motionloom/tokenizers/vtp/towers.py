@@ -15,7 +15,16 @@ from torch import Tensor, nn
 from motionloom.errors import UserError
 from motionloom.nn.init import fill
 from motionloom.tokenizers.vtp.config import VTPConfig
-from motionloom.tokenizers.vtp.layers import NORMS, Block, Drop, Rope, RopePrecision, Tables, init_layers
+from motionloom.tokenizers.vtp.layers import (
+    NORMS,
+    Block,
+    Drop,
+    Rope,
+    RopePrecision,
+    Start,
+    Tables,
+    init_layers,
+)
 from motionloom.tokenizers.vtp.temporal import LookBack, Past, groups, ungroup
 
 
@@ -32,6 +41,10 @@ class Features:
     def clip_BD(self) -> Tensor:
         """One vector for a clip: the mean over its latent frames."""
         return self.cls_BFD.mean(dim=1)
+
+    def of(self, rows: Tensor) -> Features:
+        """Those of some of the clips."""
+        return Features(self.cls_BFD[rows], self.patches_BFND[rows], self.grid)
 
 
 class PatchEmbed(nn.Module):
@@ -141,9 +154,9 @@ class Trunk(Stack):
         self.feature_bottleneck = nn.Linear(width, config.vision_feature_bottleneck, bias=False)
 
     @torch.no_grad()
-    def init_weights(self, generator: torch.Generator) -> None:
+    def init_weights(self, generator: torch.Generator, start: Start) -> None:
         """As for a training from the start: see :func:`init_layers`; patches uniform as a convolution's."""
-        init_layers(self, generator)
+        init_layers(self, generator, start, len(self.blocks))
         bound = (3 * self.patch_embed.side**2) ** -0.5
         self.patch_embed.proj.weight.uniform_(-bound, bound, generator=generator)
         if self.patch_embed.later is not None:
@@ -216,9 +229,9 @@ class PixelDecoder(Stack):
         self.proj_out = nn.Conv2d(width, numbers, 1)
         self.proj_out_later = nn.Linear(width, self.frames * numbers) if self.frames > 1 else None
 
-    def init_weights(self, generator: torch.Generator) -> None:
+    def init_weights(self, generator: torch.Generator, start: Start) -> None:
         """As for a training from the start: see :func:`init_layers`."""
-        init_layers(self, generator)
+        init_layers(self, generator, start, len(self.blocks))
         _init_look_back(self.look_back)
 
     def forward(self, z_BFhwC: Tensor) -> Tensor:
