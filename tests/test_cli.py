@@ -54,6 +54,7 @@ COMMANDS = (
     "eval retrieval",
     "eval generation",
     "features",
+    "scale",
 )
 """In the order in which their examples build on one another."""
 
@@ -73,6 +74,7 @@ SMALLER = {
     "eval reconstruction": ["--clips", "4", "--extractor", "color-histogram", "--lpips", "none"],
     "eval zero-shot": ["--clips", "4"],
     "eval generation": ["--clips", "3", "--steps", "1", "--extractor", "color-histogram"],
+    "scale": ["--dry-run"],
 }
 """What makes the examples quick: a later option wins over an earlier one."""
 TINY_TOWER = {"embed_dim": 32, "depth": 1, "num_heads": 2}
@@ -144,6 +146,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Ans
         Image.fromarray(numpy_rng("cli").integers(0, 256, (30, 40, 3), "uint8")).save("my_clips/a still.png")
         tiny_wan(Path(example("convert")[1]))
         tiny_vtp(Path(example("features")[1]))
+        tiny_study(Path(example("scale")[1]), example("cache")[3])
         yield {c: tried(c) for c in COMMANDS}
     finally:
         os.chdir(before)
@@ -178,6 +181,15 @@ def tiny_vtp(folder: Path) -> None:
     words.save(folder)
     noise = numpy_rng("vtp clips").integers(0, 256, (2, 4, 32, 32, 3), "uint8")
     VtpTokenizer.measured(model, list(torch.from_numpy(noise)), words=folder).save(folder)
+
+
+def tiny_study(file: Path, manifest: str) -> None:
+    """One point on the clips that the first example makes."""
+    train = "train: {batch_size: 2, compile: false, precision: fp32}"
+    file.write_text(
+        f"tokenizer: vtp_shapeworld\ntrain: {manifest}\ntest: {manifest}\n"
+        f"both: {{video.num_frames: 13, {train}}}\nfor_tokenizer: [vtp.width=24, vtp.depth=1]\n"
+    )
 
 
 # Every command

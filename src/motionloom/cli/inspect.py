@@ -117,9 +117,11 @@ def _on_paper(recipe: Recipe) -> tuple[Recipe, list[str]]:
     Raises:
         UserError: weights are not here, and no preset says their sizes.
     """
+    from motionloom.tokenizers import shipped_tokenizers
+
     notes = []
     tokenizer, model = recipe.tokenizer, recipe.model
-    if _is_missing(tokenizer.name_or_path):
+    if _is_missing(tokenizer.name_or_path) and tokenizer.name_or_path not in shipped_tokenizers():
         notes.append(
             f"tokenizer.name_or_path {tokenizer.name_or_path} is not here: taken as the recipe says, "
             f"{tokenizer.latent_d} channels, {tokenizer.latent_f} pixels and {tokenizer.latent_t} frames "

@@ -40,7 +40,7 @@ app.add_typer(lora_app, name="lora")
 _UsageError: Any = typer.BadParameter.__base__
 
 
-CONTINUED = ("quickstart", "cache", "pairs", "data shapeworld")
+CONTINUED = ("quickstart", "cache", "pairs", "data shapeworld", "scale")
 """Commands that go on where they were interrupted (`train` does with --resume, and says so itself)."""
 
 
@@ -72,7 +72,7 @@ Recipe = Annotated[
         "self_forcing_sid, self_forcing_gan, self_forcing_long, self_forcing_live, "
         "self_forcing_frame, self_forcing_scenes, self_forcing_sound, "
         "causal_consistency, few_step; wan, wan_14b, causvid_ode_wan, causvid_dmd_wan, self_forcing_wan; "
-        "vtp_shapeworld, vtp_decoder, vtp_b",
+        "vtp_shapeworld, vtp_emoji, vtp_decoder, vtp_b",
     ),
 ]
 Overrides = Annotated[
@@ -672,7 +672,10 @@ app.add_typer(eval_app, name="eval")
 
 TokenizerFolder = Annotated[
     Path,
-    typer.Argument(metavar="TOKENIZER", help="A saved tokenizer: a cache's or a run's tokenizer folder."),
+    typer.Argument(
+        metavar="TOKENIZER",
+        help="A saved tokenizer: a cache's or a run's tokenizer folder, or the name of one that comes along.",
+    ),
 ]
 Clips = Annotated[Path, typer.Option("--manifest", help="The clips, their captions and labels.")]
 Evaluated = Annotated[Path, typer.Option(help="A new folder for evaluated.json, a page and a sheet.")]
@@ -877,6 +880,23 @@ def generation(
     reading = command.Reading(clips=clips, device=device)
     how = command.Sampled(steps, guidance, seed, raw)
     command.generation(run, manifest, out, reading, how, extractor, world, as_json)
+
+
+@app.command(epilog="Example: motionloom scale study.yaml --out studies/mine")
+def scale(
+    study: Annotated[
+        str, typer.Argument(metavar="STUDY", help="A YAML file, or one that comes along: claim, curve.")
+    ],
+    out: Annotated[Path, typer.Option(help="A folder; a second call goes on where the first stopped.")],
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the points and what they cost; train nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Tokenizers and models on them over variants, budgets and seeds: quality against pre-training."""
+    from motionloom.cli import scale as command
+
+    command.run(study, out, dry_run, as_json)
 
 
 @app.command(

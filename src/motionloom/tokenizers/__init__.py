@@ -29,6 +29,7 @@ from motionloom.tokenizers.scenes import (
     scene_sound,
     scene_spans,
 )
+from motionloom.tokenizers.shipped import shipped_tokenizers, tokenizer_folder
 from motionloom.tokenizers.spectral import SpectralAudio
 from motionloom.tokenizers.vae import VaeKind, VaeSettings, VaeTokenizer
 from motionloom.tokenizers.vtp import VTPConfig, VTPModel, VtpTokenizer
@@ -72,7 +73,7 @@ def named_otherwise(config: TokenizerConfig, cached: str) -> str | None:
     Of a VTP whose latents nobody has measured all but its statistics is compared.
     """
     if needs_clips(config):
-        model = VTPModel.from_pretrained(config.name_or_path, config.rope or "bf16")
+        model = VTPModel.from_pretrained(tokenizer_folder(config.name_or_path), config.rope or "bf16")
         own = model_fingerprint(model, config.precision)
         return None if cached.startswith(own) else own
     own = open_tokenizer(config).fingerprint()
@@ -83,7 +84,7 @@ def needs_clips(config: TokenizerConfig) -> bool:
     """Whether a recipe's tokenizer is to be fitted: one without weights, or a VTP whose latents nobody has
     measured, as in the released folders."""
     return not config.name_or_path or (
-        config.type == "vtp" and not (Path(config.name_or_path) / "tokenizer.json").is_file()
+        config.type == "vtp" and not (tokenizer_folder(config.name_or_path) / "tokenizer.json").is_file()
     )
 
 
@@ -94,7 +95,7 @@ def fit_tokenizer(config: TokenizerConfig, clips: Sequence[Tensor]) -> Tokenizer
         UserError: the recipe's tokenizer is one that comes with weights, or its files are not in order.
     """
     if config.type == "vtp":
-        folder = Path(config.name_or_path)
+        folder = tokenizer_folder(config.name_or_path)
         model = VTPModel.from_pretrained(folder, config.rope or "bf16")
         tokenizer = VtpTokenizer.measured(model, clips, precision=config.precision, words=folder)
         _require_shape(tokenizer.spec, config)
@@ -113,7 +114,7 @@ def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
     Raises:
         UserError: it is missing or damaged, of another type, or of another shape than the recipe says.
     """
-    folder = Path(config.name_or_path)
+    folder = tokenizer_folder(config.name_or_path)
     kind = _saved_kind(folder)
     if kind and kind != config.type:
         raise UserError(
@@ -148,12 +149,13 @@ def _unmeasured(folder: Path) -> UserError:
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
-    """Read a tokenizer folder, or a VAE's folder in diffusers' layout with the usual settings.
+    """Read a tokenizer folder, or a VAE's folder in diffusers' layout with the usual settings; or what comes
+    with MotionLoom under that name.
 
     Raises:
         UserError: the folder is missing or is not a tokenizer.
     """
-    folder = Path(folder)
+    folder = tokenizer_folder(folder)
     note = folder / "tokenizer.json"
     if not note.is_file():
         if VTPConfig.is_at(folder):
@@ -302,5 +304,7 @@ __all__ = [
     "scene_seconds",
     "scene_sound",
     "scene_spans",
+    "shipped_tokenizers",
     "shots_alone",
+    "tokenizer_folder",
 ]

@@ -1,0 +1,461 @@
+"""``motionloom scale``: the same two recipes over variants, budgets and seeds, point by point.
+
+Every stage of a point is a command of its own (cache, train, convert, eval); here they run one after the
+other. What was finished is written down, so a second call with the same --out goes on where the first was
+stopped.
+
+    out/caches/     pixels for tokenizers, shared by the points that read the same
+    out/points/     a folder each: both runs, the tokenizer, its latents, what was judged, and its settings
+    out/scaled.*    the answer, written anew after every point
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from motionloom.cli.console import FAILED, INTERRUPTED, Out, new_folder
+from motionloom.durable import write_atomic
+from motionloom.errors import UserError
+
+if TYPE_CHECKING:
+    from motionloom.config import Recipe
+    from motionloom.config.study import Point, Study
+    from motionloom.data.cache import Cache
+
+SETTINGS, STAGES, TRACEBACK = "settings.json", "stages.json", "failed.txt"
+DECIDE_NOTHING = (
+    *("output_dir", "experiment_name", "num_workers", "tokenizer.name_or_path"),
+    *("train.save_every_steps", "train.keep_checkpoints", "train.log_every_steps"),
+)
+"""Keys of recipes that may change under a point."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a point."""
+
+    point: Point
+    operations: int | None = None
+    """Of all of its tokenizer's training."""
+    steps: int | None = None
+    seconds: float = 0.0
+    """Of all stages, over all calls."""
+    figures: dict[str, float] = field(default_factory=dict)
+    failed: str = ""
+    """Why it has no figures, in one line."""
+
+
+def run(study_name: str, out: Path, dry_run: bool, as_json: bool) -> None:
+    """Every point of a study; exit code 1 where one has failed.
+
+    Raises:
+        UserError: the study, one of its recipes or a file that it names is wrong; nothing was made then.
+    """
+    from motionloom.cli.scale_report import listed, write_report
+    from motionloom.config.study import load_study
+
+    console = Out(as_json)
+    study = load_study(study_name)
+    _check(study)
+    jobs = [Job(study, point, out, console) for point in study.points()]
+    for job in jobs:
+        job.check()
+    if dry_run:
+        listed(console, jobs, _operations_ahead(jobs, console))
+        return
+    new_folder(out)
+    outcomes: list[Outcome] = []
+    for number, job in enumerate(jobs, 1):
+        outcomes.append(job.outcome(f"point {number} of {len(jobs)} ({job.point})"))
+        answer, tables = write_report(study, outcomes, out)
+    for table in tables:
+        console.table(*table)
+    known = sorted({name for one in outcomes for name in one.figures})
+    for name in answer["measure"]:
+        if known and name not in known:
+            console.note(f"measure {name}: no point has it; there are {', '.join(known)}")
+    failed = sum(bool(one.failed) for one in outcomes)
+    lines = [f"{failed} of {len(jobs)} points failed: the same command tries them again"] if failed else []
+    console.result(answer, [*lines, answer["scaled"], answer["page"], answer["plot"]])
+    if failed:
+        raise SystemExit(FAILED)
+
+
+def _check(study: Study) -> None:
+    """What would otherwise be found out after the first training."""
+    from motionloom.data.shapeworld import PRESETS
+    from motionloom.evals.encoders import open_encoder
+
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("motionloom scale trains in one process: run it without torchrun")
+    for key in ("train", "test"):
+        if not Path(getattr(study, key)).is_file():
+            raise UserError(f"{key} {getattr(study, key)}: no such manifest; name a manifest.jsonl")
+    if study.world and study.world not in PRESETS:
+        raise UserError(f"world {study.world}: choose {', '.join(PRESETS)}")
+    if study.extractor not in ("auto", "none"):
+        open_encoder(study.extractor)
+
+
+class Job:
+    """A point with its recipes and folders."""
+
+    def __init__(self, study: Study, point: Point, out: Path, console: Out) -> None:
+        self.study, self.point, self.console = study, point, console
+        self.folder, self._out = out / "points" / point.name, out
+        self.tokenizer_run, self.generator_run = self.folder / "tokenizer_run", self.folder / "generator_run"
+        self._head = ""
+
+    # Recipes
+
+    @property
+    def tokenizer_overrides(self) -> list[str]:
+        """Of the command line, for the tokenizer's recipe."""
+        return [*self.point.tokenizer, *self._placed(self.tokenizer_run)]
+
+    @property
+    def generator_overrides(self) -> list[str]:
+        """Of the command line, for the generator's recipe: it takes the point's tokenizer."""
+        return [*self.point.generator, *self._tokenizer_keys(), *self._placed(self.generator_run)]
+
+    def _placed(self, run_dir: Path) -> list[str]:
+        # As JSON, so that YAML does not read a folder named 7 as a number.
+        folder, name = json.dumps(str(run_dir.parent)), json.dumps(run_dir.name)
+        return [f"output_dir={folder}", f"experiment_name={name}"]
+
+    def _tokenizer_keys(self) -> list[str]:
+        from motionloom.methods.tokenizer.sizes import model_config
+
+        config = model_config(self.tokenizer.vtp, 1, 1, rebuilt=True)
+        first_alone = "true" if config.temporal_patch > 1 else "false"
+        return [
+            "tokenizer.type=vtp",
+            f"tokenizer.name_or_path={json.dumps(str(self.folder / 'tokenizer'))}",
+            f"tokenizer.latent_f={config.vision_patch_size}",
+            f"tokenizer.latent_t={config.temporal_patch}",
+            f"tokenizer.latent_d={config.vision_feature_bottleneck}",
+            f"tokenizer.first_alone={first_alone}",
+        ]
+
+    @cached_property
+    def tokenizer(self) -> Recipe:
+        """The tokenizer's recipe."""
+        from motionloom.config import load_recipe
+
+        return load_recipe(self.study.tokenizer, self.tokenizer_overrides)
+
+    @cached_property
+    def generator(self) -> Recipe:
+        """The generator's recipe."""
+        from motionloom.config import load_recipe
+
+        return load_recipe(self.study.generator, self.generator_overrides)
+
+    def check(self) -> None:
+        """Raises UserError, naming the point, for recipes that are wrong or do not go together."""
+        try:
+            if self.tokenizer.train.method != "tokenizer":
+                raise UserError(
+                    f"tokenizer {self.study.tokenizer}: trains none; name a recipe that does: vtp_shapeworld"
+                )
+            if not self.tokenizer.vtp.rec:
+                raise UserError(
+                    "vtp.rec is 0: a tokenizer that rebuilds nothing has no pixels to show; raise it"
+                )
+            if self.generator.trains_tokenizer:
+                raise UserError(
+                    f"generator {self.study.generator}: trains a tokenizer; name a backbone's: lightning"
+                )
+        except UserError as error:
+            raise UserError(f"point {self.point}: {error}") from None
+
+    # Stages
+
+    def outcome(self, head: str) -> Outcome:
+        """Do what is left to do; what goes wrong is told and handed back."""
+        self._head = head
+        try:
+            self._refuse_changed()
+            self._all_stages()
+        except UserError as error:
+            return self._failed(str(error))
+        except SystemExit as stop:
+            if stop.code == INTERRUPTED:
+                raise KeyboardInterrupt from None
+            raise
+        except Exception as error:  # one defect must not cost the points behind it
+            write_atomic(self.folder / TRACEBACK, traceback.format_exc().encode())
+            first = (str(error).splitlines() or [""])[0]
+            return self._failed(f"{type(error).__name__}: {first} ({self.folder / TRACEBACK} tells where)")
+        (self.folder / TRACEBACK).unlink(missing_ok=True)
+        return self._read()
+
+    def _failed(self, reason: str) -> Outcome:
+        self.console.note(f"{self._head} failed: {reason}")
+        return Outcome(self.point, seconds=self._seconds(), failed=reason)
+
+    def _all_stages(self) -> None:
+        from motionloom.cli import cache, train
+
+        study = self.study
+        self._stage("pixels", "caching pixels", self._cache_pixels)
+        self._stage("operations", "counting operations", self._count)
+        self._stage(
+            "tokenizer",
+            "training the tokenizer",
+            lambda: train.run(
+                study.tokenizer, self.tokenizer_overrides, self.pixels, _began(self.tokenizer_run), False
+            ),
+        )
+
+        self._stage("convert", "measuring its latents", self._convert)
+        overrides, latents = self.generator_overrides, self.folder / "latents"
+        self._stage(
+            "latents",
+            "caching latents",
+            lambda: cache.run(study.generator, Path(study.train), latents, overrides, False),
+        )
+        self._stage(
+            "generator",
+            "training the generator",
+            lambda: train.run(study.generator, overrides, latents, _began(self.generator_run), False),
+        )
+        self._stage("reconstruction", "judging reconstructions", self._judge_rebuilt)
+        self._stage("generation", "judging generated clips", self._judge_generated)
+
+    def _stage(self, name: str, says: str, work: Callable[[], None]) -> None:
+        """Announce, do and write down. Answers of commands are no part of this one's, which is on stdout."""
+        diary: dict[str, Any] = {"done": [], "seconds": {}, **_read_json(self.folder / STAGES)}
+        if name in diary["done"]:
+            return
+        self.console.note(f"{self._head}: {says}")
+        began = time.monotonic()
+        try:
+            with redirect_stdout(sys.stderr):
+                work()
+            diary["done"].append(name)
+        finally:
+            took = diary["seconds"].get(name, 0.0) + time.monotonic() - began
+            diary["seconds"][name] = round(took, 1)
+            _write_json(self.folder / STAGES, diary)
+
+    def _seconds(self) -> float:
+        """Spent on it, over all calls."""
+        return round(sum(_read_json(self.folder / STAGES).get("seconds", {}).values()), 1)
+
+    @cached_property
+    def pixels(self) -> Path:
+        """The cache of pixels, shared with the points whose tokenizers see the same clips in the same way."""
+        from motionloom.data.cache.identity import decisive_keys
+
+        keys = [decisive_keys(self.tokenizer), self.point.data, _digest(self.study.train)]
+        name = hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:8]
+        return self._out / "caches" / f"pixels_{self.point.data:g}_{name}"
+
+    def _cache_pixels(self) -> None:
+        from motionloom.cli import cache
+
+        whole = self.pixels.with_name(f"{self.pixels.name}.whole")
+        if whole.exists():
+            return
+        manifest = Path(self.study.train)
+        if self.point.data < 1:
+            manifest = self.pixels.with_name(f"{self.pixels.name}.jsonl")
+            _write_share(Path(self.study.train), self.point.data, manifest)
+        cache.run(self.study.tokenizer, manifest, self.pixels, self.tokenizer_overrides, False)
+        write_atomic(whole, b"")
+
+    def _count(self) -> None:
+        from motionloom.data.cache import open_cache
+
+        counted = operations_per_step(self.tokenizer, open_cache(self.pixels))
+        _write_json(self.folder / "operations.json", {"per_step": counted})
+
+    def _convert(self) -> None:
+        from motionloom.cli import convert
+
+        part, whole = self.folder / "tokenizer.part", self.folder / "tokenizer"
+        if whole.is_dir():
+            return
+        shutil.rmtree(part, ignore_errors=True)
+        wish = convert.Wish("diffusers", "keep", "", "", "5GB", False, self.pixels)
+        convert.run(self.tokenizer_run, part, wish, False)
+        part.rename(whole)
+
+    def _judge_rebuilt(self) -> None:
+        from motionloom.cli import eval as command
+
+        video, study, out = self.tokenizer.video, self.study, self.folder / "reconstruction"
+        if (out / command.EVALUATED).exists():
+            return
+        size = f"{video.height}x{video.width}"
+        reading = command.Reading(study.clips, video.num_frames, size, video.fps)
+        command.reconstruction(
+            self.folder / "tokenizer",
+            Path(study.test),
+            out,
+            reading,
+            study.extractor,
+            study.lpips,
+            study.world,
+            False,
+        )
+
+    def _judge_generated(self) -> None:
+        from motionloom.cli import eval as command
+
+        study, out = self.study, self.folder / "generation"
+        if (out / command.EVALUATED).exists():
+            return
+        command.generation(
+            self.generator_run,
+            Path(study.test),
+            out,
+            command.Reading(study.clips),
+            command.Sampled(seed=self.point.seed),
+            study.extractor,
+            study.world,
+            False,
+        )
+
+    # What is kept
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides a point's figures, by dotted key."""
+        from motionloom.config.keys import flatten
+
+        found: dict[str, Any] = {"data": self.point.data}
+        found |= {key: getattr(self.study, key) for key in ("clips", "world", "extractor", "lpips")}
+        for key in ("train", "test"):
+            found |= {f"{key} (its content)": _digest(getattr(self.study, key))}
+        for name, recipe in (("tokenizer", self.tokenizer), ("generator", self.generator)):
+            flat = flatten(recipe.model_dump(mode="json"))
+            found |= {f"{name}: {key}": value for key, value in flat.items() if key not in DECIDE_NOTHING}
+        return found
+
+    def _refuse_changed(self) -> None:
+        """Raises UserError where the point was begun otherwise; keys that are newer do not count."""
+        path, now = self.folder / SETTINGS, json.loads(json.dumps(self.settings()))
+        if not path.exists():
+            _write_json(path, now)
+            return
+        before = _read_json(path)
+        if changed := [key for key, value in now.items() if key in before and before[key] != value]:
+            key, more = changed[0], f" (and {len(changed) - 1} keys more)" if len(changed) > 1 else ""
+            raise UserError(
+                f"{self.folder} was begun with {key} {json.dumps(before[key])} and the study now says "
+                f"{json.dumps(now[key])}{more}: give the old value back, name another --out, or delete that "
+                "folder"
+            )
+
+    def _read(self) -> Outcome:
+        from motionloom.train import checkpoint
+
+        steps = checkpoint.load(self.tokenizer_run, verify=False).step
+        per_step = int(_read_json(self.folder / "operations.json")["per_step"])
+        return Outcome(self.point, per_step * steps, steps, self._seconds(), self._figures())
+
+    def _figures(self) -> dict[str, float]:
+        from motionloom.cli.eval import EVALUATED
+
+        found: dict[str, float] = {}
+        for kind in ("generation", "reconstruction"):
+            (report,) = _read_json(self.folder / kind / EVALUATED)["reports"]
+            found |= {f"{kind}/{one['name']}": float(one["mean"]) for one in report["figures"]}
+            apart: list[dict[str, Any]] = report.get("distances") or []
+            for one, which in zip(apart[:1] + apart[1:][-1:], ("", ", floor"), strict=False):
+                found |= {f"{kind}/FID{which}": one["fid"], f"{kind}/KID{which}": one["kid"]["mean"]}
+        return found
+
+
+# Operations
+
+
+def operations_per_step(recipe: Recipe, cache: Cache) -> int:
+    """Operations of one optimiser step of a tokenizer's training, over its accumulation and all ranks; see
+    `step_operations` for what is counted. In float32 and not compiled, as nothing else can be looked into."""
+    from motionloom.cli.tokenizer_run import assemble_tokenizer
+    from motionloom.evals.scaling import step_operations
+    from motionloom.parallel import start_ranks
+
+    train = recipe.train.model_copy(update={"compile": False, "precision": "fp32"})
+    with start_ranks() as ranks:
+        parts = assemble_tokenizer(recipe.model_copy(update={"train": train}), cache, ranks)
+        batch = next(parts.loader.batches(0)).to(ranks.device)
+        once = step_operations(parts.method, batch, recipe.seed, ranks.device)
+        return once * recipe.train.grad_accum_steps * ranks.world
+
+
+def _operations_ahead(jobs: Sequence[Job], console: Out) -> list[int]:
+    """Operations of every point's tokenizer, counted on a cache of a few clips that is then thrown away."""
+    from motionloom.config import load_recipe
+
+    known: dict[str, int] = {}
+    answer = []
+    with tempfile.TemporaryDirectory() as folder:
+        for job in jobs:
+            overrides = [*job.tokenizer_overrides, "train.heldout_fraction=0", "seed=0"]
+            recipe = load_recipe(job.study.tokenizer, overrides)
+            alike = {"train": recipe.train.model_copy(update={"max_steps": 1}), "experiment_name": "counted"}
+            one_step = recipe.model_copy(update={**alike, "output_dir": folder})
+            key = one_step.model_dump_json()
+            if key not in known:
+                console.note(f"counting operations of {job.point.variant}, {job.point.budget}")
+                few = _few_clips(one_step, Path(job.study.train), Path(folder) / str(len(known)))
+                known[key] = operations_per_step(one_step, few)
+            answer.append(known[key] * recipe.train.max_steps)
+    return answer
+
+
+def _few_clips(recipe: Recipe, manifest: Path, out: Path) -> Cache:
+    from motionloom.data.cache import build_cache, open_cache
+    from motionloom.data.manifest import read_manifest
+
+    build_cache(recipe, read_manifest(manifest)[0][: 2 * recipe.train.batch_size], out)
+    return open_cache(out)
+
+
+# Files
+
+
+def _began(run_dir: Path) -> bool:
+    from motionloom.train import checkpoint
+
+    return checkpoint.latest(run_dir) is not None
+
+
+def _write_share(source: Path, share: float, target: Path) -> None:
+    """A part of a manifest's clips in order of a hash, so that less is a part of more."""
+    from motionloom.data.manifest import read_manifest, write_manifest
+    from motionloom.rng import key_to_seed
+
+    entries, _ = read_manifest(source)
+    ordered = sorted(entries, key=lambda entry: key_to_seed("share of clips", entry.id))
+    kept = {entry.id for entry in ordered[: max(1, round(share * len(ordered)))]}
+    write_manifest(target, [entry for entry in entries if entry.id in kept])
+
+
+def _digest(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    return found
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    write_atomic(path, json.dumps(value, indent=1).encode())
