@@ -6,7 +6,6 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-
 # Code has the name of the last one already.
 FOLDERS = {"recipes": "recipes", "studies": "studies", "tokenizers": "shipped_tokenizers"}
 

@@ -59,6 +59,7 @@ SMALL_VTP = {
     "text_depth": 1,
     "text_heads": 2,
     "clip_near": 0,
+    "words": 0.0,
     "global_size": 16,
     "local_size": 8,
     "prototypes": 16,

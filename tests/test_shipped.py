@@ -36,7 +36,9 @@ def test_a_name_is_as_good_as_a_path(name: str, tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     by_name, by_path = load_tokenizer(name), load_tokenizer(shipped_tokenizers()[name])
     assert by_name.fingerprint() == by_path.fingerprint()
-    config = TokenizerConfig(type="vtp", name_or_path=name, latent_f=4, latent_t=4, latent_d=13)
+    config = TokenizerConfig(
+        type="vtp", name_or_path=name, latent_f=4, latent_t=4, latent_d=13, first_alone=True
+    )
     assert not needs_clips(config)
     assert open_tokenizer(config).fingerprint() == by_path.fingerprint()
     # What lies in the working folder comes first.
