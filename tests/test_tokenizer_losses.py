@@ -95,6 +95,17 @@ def test_a_text_that_says_the_same_is_neither_right_nor_wrong_and_one_without_a_
         assert float(found[i]) == pytest.approx(sum(math.log1p(math.exp(-x)) for x in parts), abs=1e-5)
 
 
+def test_texts_are_the_same_word_by_word_and_in_order():
+    generator = torch_generator("said")
+    said = torch.randint(0, 3, (300, 6), generator=generator)
+    wide = torch.randint(0, 49408, (300, 77), generator=generator)
+    wide[150:] = wide[:150]
+    for tokens in (said, wide):
+        same = (tokens[:, None] == tokens).all(dim=-1)
+        assert torch.equal(contrast.Others.of(tokens, None, None).same_BA, same)
+        assert same.sum() > 300
+
+
 def test_near_captions_share_most_of_their_words_and_are_another():
     known = torch.tensor([[9, k, 10 + k // 3, 30 + k // 6, 8] for k in range(60)])
     near = NearCaptions(known, torch_generator("near"))

@@ -32,7 +32,11 @@ class BagOfWords(nn.Module):
         super().__init__()
         self.to_words = nn.Linear(width, size)
         fill(0.0, self.to_words.weight, self.to_words.bias)
-        captions_V = _has(known_TL, size).sum(dim=0)
+        # Each word once for each caption that has it, and no table of all captions by all words.
+        sorted_TL = known_TL.sort(dim=1).values
+        first_TL = torch.ones_like(sorted_TL, dtype=torch.bool)
+        first_TL[:, 1:] = sorted_TL[:, 1:] != sorted_TL[:, :-1]
+        captions_V = sorted_TL[first_TL].bincount(minlength=size)
         self.register_buffer("weight_V", (len(known_TL) / captions_V.clamp_min(1)).log())
 
     def forward(self, feature_BD: Tensor, tokens_BL: Tensor) -> Tensor:

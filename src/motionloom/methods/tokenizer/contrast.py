@@ -27,6 +27,8 @@ INFO_NCE_SCALE = math.log(1 / 0.07)
 SIGMOID_SCALE, SIGMOID_BIAS = math.log(10), -10.0
 """Where scale and bias of the sigmoid loss begin (arXiv 2303.15343, sec. 3.2)."""
 MOST_SCALE = math.log(100)
+_ODD = 0x1E3779B97F4A7C15
+"""Spreads small numbers over 64 bits."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,11 @@ class Others:
     @staticmethod
     def of(tokens_BL: Tensor, near_NL: Tensor | None, near_NE: Tensor | None, ranks: Ranks = ALONE) -> Others:
         """From the texts themselves."""
-        all_AL = gather(tokens_BL, ranks)
+        own_B = _number(tokens_BL)
+        all_A = gather(own_B, ranks)
         if near_NL is not None:
-            all_AL = torch.cat([all_AL, gather(near_NL, ranks)])
-        return Others(near_NE, (tokens_BL[:, None] == all_AL).all(dim=-1))
+            all_A = torch.cat([all_A, gather(_number(near_NL), ranks)])
+        return Others(near_NE, own_B[:, None] == all_A)
 
 
 NOTHING_ELSE = Others()
@@ -182,6 +185,13 @@ class _Chunked(torch.autograd.Function):
                     so_far = found[i]
                     found[i] = part if so_far is None else so_far + part
         return None, None, *found
+
+
+def _number(tokens_BL: Tensor) -> Tensor:
+    """A number of 64 bits for each text, so that two are compared in one step and not word by word, which for
+    batches of thousands would fill the memory. Products wrap around."""
+    weight_L = torch.arange(1, tokens_BL.shape[1] + 1, device=tokens_BL.device) * _ODD
+    return ((tokens_BL + 1) * (weight_L ^ (weight_L >> 29)) * _ODD).sum(dim=1)
 
 
 def _all_texts(text_BE: Tensor, others: Others, ranks: Ranks) -> Tensor:

@@ -24,12 +24,10 @@ class CausalAttention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x_BLD: Tensor) -> Tensor:
+    def forward(self, x_BLD: Tensor, before_LL: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
         qkv = F.linear(x_BLD, self.in_proj_weight, self.in_proj_bias)
         q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        places = x_BLD.shape[1]
-        before_LL = torch.ones(places, places, dtype=torch.bool, device=x_BLD.device).tril()
         return self.out_proj(join_heads(attend(q, k, v, before_LL)))
 
 
@@ -43,9 +41,9 @@ class TextBlock(nn.Module):
         hidden = int(width * ratio)
         self.mlp = PlainFeedForward(width, hidden)
 
-    def forward(self, x_BLD: Tensor) -> Tensor:
+    def forward(self, x_BLD: Tensor, before_LL: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
-        x_BLD = x_BLD + self.attn(self.ln_1(x_BLD))
+        x_BLD = x_BLD + self.attn(self.ln_1(x_BLD), before_LL)
         return x_BLD + self.mlp(self.ln_2(x_BLD))
 
 
@@ -73,8 +71,10 @@ class TextTransformer(nn.Module):
 
     def forward(self, x_BLD: Tensor) -> Tensor:
         """(B, L, D) -> (B, L, D)."""
+        places = x_BLD.shape[1]
+        before_LL = torch.ones(places, places, dtype=torch.bool, device=x_BLD.device).tril()
         for block in self.resblocks:
-            x_BLD = block(x_BLD)
+            x_BLD = block(x_BLD, before_LL)
         return x_BLD
 
     @torch.no_grad()
