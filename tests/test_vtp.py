@@ -13,10 +13,11 @@ from torch import Tensor
 
 from motionloom.config.recipe import TokenizerConfig
 from motionloom.errors import UserError
+from motionloom.nn.init import fill
 from motionloom.rng import torch_generator
 from motionloom.tokenizers import fit_tokenizer, load_tokenizer, needs_clips, open_tokenizer
 from motionloom.tokenizers.vtp import PRESETS, VTPConfig, VTPModel, VtpTokenizer, Words
-from motionloom.tokenizers.vtp.layers import Drop
+from motionloom.tokenizers.vtp.layers import Drop, Neighbours
 from motionloom.tokenizers.vtp.tokenizer import model_fingerprint, normalised
 from motionloom.tokenizers.vtp.towers import DecoderMemory
 
@@ -56,10 +57,13 @@ def clips(count: int, frames: int, height: int = 16, width: int = 24) -> Tensor:
     return torch.randint(0, 256, shape, generator=torch_generator("vtp clips"), dtype=torch.uint8)
 
 
-@pytest.fixture(params=[(1, 0), (2, 0), (4, 0), (1, 2), (4, 1)], ids=lambda p: f"t{p[0]}-w{p[1]}")
+OPTIONS = [(1, 0, 0), (2, 0, 0), (4, 0, 0), (1, 2, 0), (4, 1, 0), (1, 0, 3), (4, 1, 3)]
+
+
+@pytest.fixture(params=OPTIONS, ids=lambda p: f"t{p[0]}-w{p[1]}-c{p[2]}")
 def timed(request: pytest.FixtureRequest) -> VTPConfig:
-    patch, window = request.param
-    return replace(SMALL, temporal_patch=patch, temporal_window=window)
+    patch, window, kernel = request.param
+    return replace(SMALL, temporal_patch=patch, temporal_window=window, conv_kernel=kernel)
 
 
 @pytest.fixture
@@ -208,7 +212,7 @@ def test_an_image_is_a_clip_of_one_frame_whatever_the_groups(timed: VTPConfig) -
     own.update({name: value for name, value in plain.state_dict().items() if name in own})
     clip.load_state_dict(own)
     for part in (clip.trunk, clip.pixel_decoder):
-        for layer in part.look_back or ():
+        for layer in (*(part.look_back or ()), *(part.neighbours or ())):
             layer.init_start()  # type: ignore[operator]
     image = torch.randn(2, 3, 16, 24, generator=torch_generator("image"))
     torch.testing.assert_close(
@@ -248,6 +252,20 @@ def test_a_look_back_sees_as_far_as_its_window() -> None:
     changed[:, 0] += 1.0
     moved = [not torch.equal(a, b) for a, b in zip(model.encode(x)[0], model.encode(changed)[0], strict=True)]
     assert moved == [True, True, False, False]
+
+
+def test_neighbours_are_a_square_of_patches_and_never_the_class_token() -> None:
+    layer = Neighbours(2, 3)
+    with torch.no_grad():
+        fill(1.0, layer.conv.weight)
+        fill(0.0, layer.conv.bias)
+    x_BFND = torch.randn(1, 2, 1 + 3 * 4, 2, generator=torch_generator("neighbours"))
+    added = layer(x_BFND, (3, 4)).detach()
+    assert not added[:, :, 0].any()
+    grid = x_BFND[:, :, 1:].unflatten(2, (3, 4))
+    torch.testing.assert_close(added[0, 1, 1], grid[0, 1, :2, :2].sum(dim=(0, 1)))  # a corner
+    torch.testing.assert_close(added[0, 1, 1 + 4 + 2], grid[0, 1, :3, 1:4].sum(dim=(0, 1)))  # inside
+    torch.testing.assert_close(layer(x_BFND[:, :, 1:], (3, 4)).detach(), added[:, :, 1:])
 
 
 def test_decoding_piece_by_piece_is_decoding_at_once(timed: VTPConfig) -> None:
@@ -466,6 +484,8 @@ def folder(tmp_path: Path, **said: object) -> Path:
         ({"vision_mlp_ratio": "4"}, "vision_mlp_ratio is '4', not a number above 0"),
         ({"temporal_patch": 3}, "temporal_patch is 3, none of 1, 2, 4"),
         ({"temporal_window": -1}, "temporal_window is -1"),
+        ({"conv_kernel": 4}, "conv_kernel is 4, none of 0, 3, 5, 7"),
+        ({"conv_kernel": 3}, "it lacks pixel_decoder.neighbours.0.conv.bias"),
         ({"vision_depth": 3}, "it lacks trunk.blocks.2"),
         ({"vision_depth": 1}, "config.json knows no trunk.blocks.1"),
         ({"decoder_embed_dim": 64}, "and config.json says"),

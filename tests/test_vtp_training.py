@@ -250,7 +250,7 @@ def test_compiled_blocks_train_a_tokenizer_like_eager_ones(cache: Cache) -> None
     found = []
     for compiled in (False, True):
         torch._dynamo.reset()
-        every = {"ssl_drop": 0.25, "clip_near": 2, "temporal_window": 1, "init": "fan_in"}
+        every = {"ssl_drop": 0.25, "clip_near": 2, "temporal_window": 1, "conv_kernel": 3, "init": "fan_in"}
         asked = recipe(vtp=every, train={"compile": compiled, "precision": "bf16"})
         parts = assemble_tokenizer(asked, cache, Ranks())
         assert parts.notes == () or not any("compile" in note for note in parts.notes)

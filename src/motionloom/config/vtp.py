@@ -22,7 +22,7 @@ class VtpConfig(Section):
     # The model
     preset: Literal["S", "B", "L"] | None = Field(
         default=None,
-        description="A released size; then the keys from `patch` to `temporal_window` are not read.",
+        description="A released size; then the keys from `patch` to `conv_kernel` are not read.",
     )
     patch: Positive = Field(default=16, description="Pixels of a latent cell, both ways.")
     channels: Positive = Field(default=64, description="Of the latent.")
@@ -45,6 +45,9 @@ class VtpConfig(Section):
     )
     temporal_window: NotNegative = Field(
         default=0, description="How many latent frames back a token sees its own place."
+    )
+    conv_kernel: Literal[0, 3, 5, 7] = Field(
+        default=0, description="Side of the patches that a convolution mixes before each block; 0: none."
     )
     init: Literal["released", "fan_in"] = Field(
         default="released",

@@ -50,6 +50,7 @@ def model_config(c: VtpConfig, side: int, words: int, *, rebuilt: bool) -> VTPCo
         decoder_use_qk_norm=c.qk_norm,
         temporal_patch=c.temporal_patch,
         temporal_window=c.temporal_window,
+        conv_kernel=c.conv_kernel,
         init_logit_scale=scale,
         init_logit_bias=bias,
     )

@@ -1,7 +1,7 @@
 """What a VTP model is made of, in the words of its published ``config.json``.
 
 The released layout is kept key by key, so that a folder written here is read there and the other way round.
-``temporal_patch`` and ``temporal_window`` are ours; at their defaults they are not written.
+``temporal_patch``, ``temporal_window`` and ``conv_kernel`` are ours; at their defaults they are not written.
 """
 
 from __future__ import annotations
@@ -96,6 +96,8 @@ class VTPConfig:
     """Pixel frames of a latent frame behind the first, which stands alone. 1: every frame is an image."""
     temporal_window: int = 0
     """How many latent frames before its own a token sees, at its own place; 0: none."""
+    conv_kernel: int = 0
+    """Side of the square of patches that a convolution before each block mixes, odd; 0: none."""
 
     def __post_init__(self) -> None:
         try:
@@ -124,6 +126,8 @@ class VTPConfig:
             raise ValueError(f"temporal_patch is {self.temporal_patch!r}, none of 1, 2, 4")
         if type(self.temporal_window) is not int or self.temporal_window < 0:
             raise ValueError(f"temporal_window is {self.temporal_window!r}, not a whole number from 0")
+        if self.conv_kernel not in (0, 3, 5, 7):
+            raise ValueError(f"conv_kernel is {self.conv_kernel!r}, none of 0, 3, 5, 7")
         for name, known in _KNOWN.items():
             if getattr(self, name) not in known:
                 said = ", ".join(map(repr, known))
@@ -145,7 +149,7 @@ class VTPConfig:
     def to_json(self) -> str:
         """The text of a ``config.json``; of our own keys only those that are not at their defaults."""
         said: dict[str, Any] = {"model_type": "vtp", **asdict(self)}
-        for name in ("temporal_patch", "temporal_window"):
+        for name in ("temporal_patch", "temporal_window", "conv_kernel"):
             if said[name] == VTPConfig.__dataclass_fields__[name].default:
                 del said[name]
         return json.dumps(said, indent=1, sort_keys=True) + "\n"

@@ -154,6 +154,29 @@ class Drop:
         return x.index_add(0, rows, change.to(x.dtype))
 
 
+class Neighbours(nn.Module):
+    """What a patch takes from those around it: a depthwise convolution (CPVT, arXiv 2102.10882).
+
+    Attention has to learn from clips alone that patches side by side make an edge. The class token takes no
+    part. Adds nothing at the start.
+    """
+
+    def __init__(self, width: int, side: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, side, padding=side // 2, groups=width)
+
+    def init_start(self) -> None:
+        """What it adds is 0, so that a model starts as the one without it."""
+        fill(0.0, self.conv.weight, self.conv.bias)
+
+    def forward(self, x_BFND: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(B, F, N, D) -> what it adds; the last h w tokens of N are the patches of ``grid``."""
+        front = x_BFND.shape[2] - grid[0] * grid[1]
+        x_bDhw = x_BFND[:, :, front:].flatten(0, 1).transpose(1, 2).unflatten(2, grid)
+        added_BFND = self.conv(x_bDhw).flatten(2).transpose(1, 2).unflatten(0, x_BFND.shape[:2])
+        return F.pad(added_BFND, (0, 0, front, 0))
+
+
 def no_drop(x: Tensor, layer: Callable[[Tensor], Tensor]) -> Tensor:
     """x + layer(x)."""
     return x + layer(x)

@@ -102,9 +102,10 @@ class VTPModel(nn.Module):
 
     def blocks(self) -> list[nn.Module]:
         """The repeated parts of all towers."""
-        towers = [self.trunk.blocks, self.trunk.look_back]
+        towers = [self.trunk.blocks, self.trunk.look_back, self.trunk.neighbours]
         if self.config.train_reconstruction:
-            towers += [self.pixel_decoder.blocks, self.pixel_decoder.look_back]
+            decoder = self.pixel_decoder
+            towers += [decoder.blocks, decoder.look_back, decoder.neighbours]
         if self.config.train_clip:
             towers.append(self.text_transformer.resblocks)
         return [block for tower in towers for block in tower or ()]

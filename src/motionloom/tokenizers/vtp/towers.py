@@ -19,6 +19,7 @@ from motionloom.tokenizers.vtp.layers import (
     NORMS,
     Block,
     Drop,
+    Neighbours,
     Rope,
     RopePrecision,
     Start,
@@ -88,11 +89,13 @@ class PatchEmbed(nn.Module):
 class Stack(nn.Module):
     """Blocks over each latent frame, and between them the look back where there is one.
 
-    Subclasses name ``blocks`` and ``look_back``, so that the names of weights are the released ones.
+    Subclasses name ``blocks``, ``look_back`` and ``neighbours``, so that the names of weights are the
+    released ones.
     """
 
     blocks: nn.ModuleList
     look_back: nn.ModuleList | None
+    neighbours: nn.ModuleList | None
     rope_embed: Rope
 
     def _walk(
@@ -107,6 +110,8 @@ class Stack(nn.Module):
                 added, seen = self.look_back[n](x_BFND, None if past is None else past[n])
                 memory.append(seen)
                 x_BFND = x_BFND + added
+            if self.neighbours is not None:
+                x_BFND = x_BFND + self.neighbours[n](x_BFND, grid)
             x_BFND = self._in_frames(block, x_BFND, tables, drop).unflatten(0, (-1, frames))
             behind.append(x_BFND)
         return behind, memory
@@ -122,10 +127,18 @@ def _look_back(config: VTPConfig, width: int, heads: int, depth: int, norm: str)
     return nn.ModuleList(LookBack(width, heads, config.temporal_window, norm) for _ in range(depth))
 
 
-def _init_look_back(layers: nn.ModuleList | None) -> None:
-    for layer in layers if layers is not None else ():
-        assert isinstance(layer, LookBack)
-        layer.init_start()
+def _neighbours(config: VTPConfig, width: int, depth: int) -> nn.ModuleList | None:
+    if not config.conv_kernel:
+        return None
+    return nn.ModuleList(Neighbours(width, config.conv_kernel) for _ in range(depth))
+
+
+def _init_options(*options: nn.ModuleList | None) -> None:
+    """What no release has adds nothing at the start."""
+    for layers in options:
+        for layer in layers if layers is not None else ():
+            assert isinstance(layer, LookBack | Neighbours)
+            layer.init_start()
 
 
 class Trunk(Stack):
@@ -150,6 +163,7 @@ class Trunk(Stack):
             for _ in range(config.vision_depth)
         )
         self.look_back = _look_back(config, width, heads, config.vision_depth, norm)
+        self.neighbours = _neighbours(config, width, config.vision_depth)
         self.norm = NORMS[norm](width)
         self.feature_bottleneck = nn.Linear(width, config.vision_feature_bottleneck, bias=False)
 
@@ -164,7 +178,7 @@ class Trunk(Stack):
             self.patch_embed.later.weight.uniform_(-bound, bound, generator=generator)
         self.cls_token.normal_(std=0.02, generator=generator)
         fill(0.0, self.mask_token)
-        _init_look_back(self.look_back)
+        _init_options(self.look_back, self.neighbours)
 
     def forward(self, x_BP3HW: Tensor, mask_BFN: Tensor | None = None, drop: Drop | None = None) -> Features:
         """Features of clips in normalised pixels.
@@ -224,6 +238,7 @@ class PixelDecoder(Stack):
             for _ in range(config.decoder_depth)
         )
         self.look_back = _look_back(config, width, heads, config.decoder_depth, norm)
+        self.neighbours = _neighbours(config, width, config.decoder_depth)
         self.norm = NORMS[norm](width)
         numbers = 3 * self.side**2
         self.proj_out = nn.Conv2d(width, numbers, 1)
@@ -232,7 +247,7 @@ class PixelDecoder(Stack):
     def init_weights(self, generator: torch.Generator, start: Start) -> None:
         """As for a training from the start: see :func:`init_layers`."""
         init_layers(self, generator, start, len(self.blocks))
-        _init_look_back(self.look_back)
+        _init_options(self.look_back, self.neighbours)
 
     def forward(self, z_BFhwC: Tensor) -> Tensor:
         """Raw latents (B, F, h, w, C) -> normalised pixels (B, P, 3, H, W), not clamped."""
