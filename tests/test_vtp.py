@@ -325,6 +325,7 @@ def test_saved_and_loaded_it_is_the_same(tokenizer: VtpTokenizer, tmp_path: Path
     loaded.save(tmp_path / "b")
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    assert len({file.stat().st_mode for file in (tmp_path / "a").iterdir()}) == 1, "weights can be shared too"
     assert loaded.fingerprint() == tokenizer.fingerprint()
     # RoPE in fp32, as the tests' models have it, is among what is remembered.
     assert torch.equal(loaded.encode(clips(1, 9)), tokenizer.encode(clips(1, 9)))

@@ -18,7 +18,7 @@ from cached import make_world
 from motionloom.cli.main import main
 from motionloom.cli.tokenizer_run import TokenizerParts, TokenizerPreviews, assemble_tokenizer
 from motionloom.config import Recipe
-from motionloom.config.load import dump_recipe, load_recipe
+from motionloom.config.load import dump_recipe, load_recipe, load_recipe_with_notes
 from motionloom.data.batch import Batch
 from motionloom.data.cache import Cache, build_cache, open_cache
 from motionloom.data.manifest import ManifestEntry, read_entry, write_manifest
@@ -455,6 +455,12 @@ def test_recipes_that_do_not_fit_are_refused(name: str, asked: Callable[[], Reci
     with pytest.raises(ValidationError) as error:
         asked()
     assert said in str(error.value)
+
+
+def test_crops_that_are_larger_than_frames_are_told() -> None:
+    asked = ["vtp.ssl=1", "vtp.global_size=64"]
+    assert any("vtp.global_size is 64" in note for note in load_recipe_with_notes("vtp_shapeworld", asked)[1])
+    assert not load_recipe_with_notes("vtp_shapeworld", asked[:1])[1]
 
 
 def test_clips_without_words_are_refused_before_the_first_step(

@@ -37,13 +37,23 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     with one_line_on_failure(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            mode = _usual_mode(temporary)
             yield temporary
+            temporary.chmod(mode)  # safetensors lets nobody else read what it writes
             flush(temporary)
             os.replace(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
         flush(path.parent)
+
+
+def _usual_mode(path: Path) -> int:
+    """What a new file there may be read and written by; ``path`` is made and removed for it."""
+    path.touch()
+    mode = path.stat().st_mode
+    path.unlink()
+    return mode
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from motionloom.config.recipe import (
     TokenizerConfig,
 )
 from motionloom.config.request import request_problem
-from motionloom.config.vtp_misfits import vtp_misfits
+from motionloom.config.vtp_misfits import vtp_cautions, vtp_misfits
 
 
 class ReadText(NamedTuple):
@@ -204,6 +204,7 @@ def cautions(r: Recipe) -> Iterator[str]:
             f"trained with {read.max_lengths[0]} tokens of a caption: write text_encoder.max_length: "
             f"{read.max_lengths[0]} unless you mean it"
         )
+    yield from vtp_cautions(r)
 
 
 def _own_misfits(model: ModelConfig) -> Iterator[str]:

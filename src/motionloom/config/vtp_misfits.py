@@ -13,6 +13,19 @@ JUDGED = 16
 """Fewest pixels of a side that the perceptual network takes."""
 
 
+def vtp_cautions(r: Recipe) -> Iterator[str]:
+    """What can be trained and is seldom meant."""
+    if r.train.method == "tokenizer" and r.vtp.ssl:
+        sizes = r.bucketing.buckets if r.bucketing.enabled else ((r.video.width, r.video.height),)
+        side = min(min(size) for size in sizes)
+        for name in ("global_size", "local_size"):
+            if (asked := getattr(r.vtp, name)) > side:
+                yield (
+                    f"vtp.{name} is {asked}, and frames have {side} pixels a side: crops are scaled up, at "
+                    "more cost and with nothing more to see"
+                )
+
+
 def vtp_misfits(r: Recipe) -> Iterator[str]:
     """What in a recipe keeps its tokenizer from being trained."""
     if not r.trains_tokenizer:
