@@ -22,7 +22,7 @@ from laid import EXPAND
 from motionloom.errors import UserError
 from motionloom.nn.attention import CHOICES, Choices, Pattern, attend, kernels, pinned
 from motionloom.nn.attention.choice import best
-from motionloom.nn.attention.dispatch import chosen, everything, flops, problem, run, ways
+from motionloom.nn.attention.dispatch import EVERYTHING, chosen, everything, flops, problem, run, ways
 from motionloom.plans import (
     Attributes,
     Chunks,
@@ -512,3 +512,13 @@ def test_backbones_answer_and_learn_the_same_whatever_the_way(kind, plan, way):
             outcomes.append([out, *(g for g in gradients if g is not None)])
     for got, wanted in zip(*outcomes, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_what_compiled_code_is_told_of_an_answers_layout_is_so() -> None:
+    """Few scores and many, which go different ways; without a gradient too, as in sampling."""
+    for batch in (3, 2000):
+        generator = torch_generator("layout", batch)
+        q = torch.randn(batch, 65, 3, 32, generator=generator).bfloat16().transpose(1, 2)
+        for needs_gradient in (False, True):
+            arguments = (q, q, q, EVERYTHING, needs_gradient)
+            torch.library.opcheck(torch.ops.motionloom.attend, arguments, test_utils="test_faketensor")

@@ -63,6 +63,38 @@ def test_comes_back_as_it_was(tmp_path: Path) -> None:
     assert there == {*listed, "manifest.json"}
 
 
+def notes(run: Path, *steps: int) -> list[Path]:
+    """What some checkpoints of a run carry beside weights, saved now."""
+    return [checkpoint.save(run, contents(step)) / "tokenizer" / "note.txt" for step in steps]
+
+
+def test_what_stays_the_same_takes_room_once_in_a_run(tmp_path: Path) -> None:
+    first, second = notes(tmp_path / "run", 20, 40)
+    assert second.samefile(first)
+    assert not any(name.startswith(".") for name in os.listdir(second.parent))
+    checkpoint.purge(tmp_path / "run", keep=1)
+    (third,) = notes(tmp_path / "run", 60)
+    assert third.samefile(second)
+    assert second.stat().st_nlink == 2
+    checkpoint.load(tmp_path / "run")
+    (elsewhere,) = notes(tmp_path / "other", 60)
+    assert not elsewhere.samefile(third)
+
+
+def test_a_run_shares_no_file_with_anything_else(tmp_path: Path) -> None:
+    """A user may write over a file of theirs where it stands."""
+    (first,) = notes(tmp_path, 20)
+    (tmp_path / "mine.txt").hardlink_to(first)
+    (second,) = notes(tmp_path, 40)
+    assert not second.samefile(first)
+    (tmp_path / "mine.txt").write_text("other")
+    (third,) = notes(tmp_path, 60)
+    assert third.samefile(second)
+    second.write_text("hullo")  # damaged: it is not passed on
+    (fourth,) = notes(tmp_path, 80)
+    assert fourth.read_text() == "hello"
+
+
 def test_killed_between_any_two_writes_it_is_whole_or_absent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ import io
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -38,12 +39,28 @@ from motionloom.evals.tokenizer import (
 )
 from motionloom.rng import numpy_rng
 from motionloom.tokenizers import TokenizerSpec, fit_tokenizer
+from motionloom.tokenizers.patch import PatchTokenizer
 from motionloom.tokenizers.vtp import VTPConfig, VTPModel, VtpTokenizer, Words
 from toy_model import toy_model
 
 SIDE, FRAMES, CLIPS = 32, 8, 12
 
 WORLD = World.quickstart(SIDE, FRAMES)
+VTP = VTPConfig(
+    image_size=SIDE,
+    vision_patch_size=8,
+    vision_embed_dim=32,
+    vision_depth=1,
+    vision_num_heads=2,
+    vision_feature_bottleneck=6,
+    text_context_length=40,
+    text_embed_dim=16,
+    text_num_heads=2,
+    text_depth=1,
+    decoder_embed_dim=32,
+    decoder_num_heads=2,
+    decoder_depth=1,
+)
 
 
 class Same:
@@ -123,23 +140,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     videos = [torch.from_numpy(read_clip(entry.path).video_FHW3) for entry in entries]
     fit_tokenizer(TokenizerConfig(latent_f=8, latent_t=4, latent_d=32), videos).save(folder / "patch")
     words = Words.learned([entry.caption for entry in entries], 40, 300)
-    config = VTPConfig(
-        image_size=SIDE,
-        vision_patch_size=8,
-        vision_embed_dim=32,
-        vision_depth=1,
-        vision_num_heads=2,
-        vision_feature_bottleneck=6,
-        text_context_length=40,
-        text_vocab_size=words.size,
-        text_embed_dim=16,
-        text_num_heads=2,
-        text_depth=1,
-        decoder_embed_dim=32,
-        decoder_num_heads=2,
-        decoder_depth=1,
-    )
-    model = VTPModel(config)
+    model = VTPModel(replace(VTP, text_vocab_size=words.size))
     model.init_weights(0)
     words.save(folder / "words")
     VtpTokenizer.measured(model, videos[:4], words=folder / "words").save(folder / "vtp")
@@ -231,6 +232,7 @@ def test_the_command_leaves_figures_a_page_and_originals_over_reconstructions(
     value = answer.value
     assert (value["clips"], value["skipped_clips"], value["left_out"]) == (CLIPS, [], {})
     assert value["pixel_values_per_latent_value"] == 3 * 8 * 8 * 4 / 32
+    assert value["frames_per_clip"] == "8"
     kept = json.loads((out / "evaluated.json").read_text())
     assert kept["reports"] == value["reports"]
     first, same, floor = kept["reports"][0]["distances"]
@@ -245,6 +247,76 @@ def test_the_command_leaves_figures_a_page_and_originals_over_reconstructions(
     assert Path(value["sheet"]).is_file()
     again = evaluate("reconstruction", world / "patch", manifest, out, *plain())
     assert again.refused("holds an evaluation already")
+
+
+@pytest.mark.parametrize(("frames", "expected"), [(5, 5 / 3), (1, 1.0)])
+def test_compression_is_counted_on_the_clips_with_their_first_frame_alone(
+    world: Path, tmp_path: Path, frames: int, expected: float
+) -> None:
+    """A first frame has latents of its own, as many as two frames behind it have together."""
+    model = VTPModel(replace(VTP, temporal_patch=2, train_clip=False))
+    model.init_weights(0)
+    noise = numpy_rng("compression").integers(0, 256, (4, 5, SIDE, SIDE, 3), "uint8")
+    videos = list(torch.from_numpy(noise))
+    VtpTokenizer.measured(model, videos).save(tmp_path / "pairs")
+    short = ("--frames", frames, "--clips", 2)
+    answer = evaluate(
+        "reconstruction", tmp_path / "pairs", world / "world/manifest.jsonl", tmp_path / "out", *plain(*short)
+    )
+    per_frame = 3 * 8 * 8 / VTP.vision_feature_bottleneck
+    assert answer.value["pixel_values_per_latent_value"] == pytest.approx(per_frame * expected, abs=1e-3)
+    assert answer.value["frames_per_clip"] == str(frames)
+
+
+def test_an_evaluation_that_broke_off_is_no_finished_one(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any, **__: Any) -> None:
+        raise UserError("the disk is full")
+
+    call = ("reconstruction", world / "patch", world / "world/manifest.jsonl", tmp_path / "out")
+    with monkeypatch.context() as patch:
+        patch.setattr("motionloom.studio.page.write_page", full)
+        assert evaluate(*call, *plain("--clips", 2)).refused("the disk is full")
+    assert not (tmp_path / "out/evaluated.json").exists()
+    assert evaluate(*call, *plain("--clips", 2)).value["clips"] == 2
+
+
+def test_small_frames_leave_out_the_figures_that_need_larger_ones(world: Path, tmp_path: Path) -> None:
+    """LPIPS needs 16 pixels a side and SSIM 11; the others are told all the same."""
+    from motionloom.methods.tokenizer.perceptual import LEAST
+
+    class Needs:
+        def __call__(self, made: Tensor, real: Tensor) -> Tensor:
+            if min(made.shape[-2:]) < LEAST:
+                raise UserError(f"frames are too small, it needs {LEAST}")
+            return (made - real).abs().mean(dim=(1, 2, 3))
+
+    tools = Tools(None, ("mean gap", Needs()))
+    manifest = world / "world/manifest.jsonl"
+    for side, told, left_out in (
+        (8, {"psnr (dB)"}, {"ssim", "lpips"}),
+        (12, {"ssim"}, {"lpips"}),
+        (16, {"lpips"}, set()),
+    ):
+        clips = open_set(manifest, 3)
+        rebuilt = judge_reconstruction(Same(), clips, Shape(size=(side, side)), tools)  # type: ignore[arg-type]
+        figures = {figure.name for figure in rebuilt.report.figures}
+        assert told <= figures
+        assert not left_out & figures
+        assert rebuilt.left_out.keys() == left_out
+        assert len(clips.problems) == 0
+    small = evaluate("reconstruction", world / "patch", manifest, tmp_path / "out", *plain("--size", 8))
+    assert small.value["left_out"]["ssim"].endswith("its window needs 11 pixels a side (12 of 12 clips)")
+    assert "left out: ssim; SSIM: frames of 8x8" in small.err
+    assert small.figures().keys() == {"psnr (dB)", "flicker (levels)"}
+
+
+def test_distances_of_too_few_frames_leave_the_other_figures(world: Path) -> None:
+    clips = open_set(world / "world/manifest.jsonl", 1)
+    rebuilt = judge_reconstruction(Same(), clips, Shape(frames=1), Tools(Quarters()))  # type: ignore[arg-type]
+    assert rebuilt.report.value("psnr (dB)") == 100
+    assert "needs 2 frames" in rebuilt.left_out["rFID and KID"]
 
 
 def test_what_cannot_be_judged_is_listed_and_the_rest_goes_on(world: Path, tmp_path: Path) -> None:
@@ -321,8 +393,18 @@ def test_classes_of_a_manifest_are_a_field_or_its_captions(world: Path) -> None:
     assert set(by_field.of_clip.values()) == {0, 1}
     by_caption = manifest_classes(clips, "")
     assert sorted(by_caption.names) == sorted({entry.caption for entry in clips.entries})
+    # Other braces are words.
+    assert manifest_classes(clips, "background", ["{} {x}", "{} {"]).wordings[0] == ["dark {x}", "dark {"]
     with pytest.raises(UserError, match=r"write \{\} once"):
         manifest_classes(clips, "background", ["a room"])
+
+
+def test_a_model_that_has_collapsed_tells_no_part_of_a_class(world: Path) -> None:
+    clips = open_set(world / "world/manifest.jsonl")
+    reader = Reader([""] * CLIPS)
+    reader.vector = lambda text: np.ones(40)  # type: ignore[method-assign]
+    report = judge_zero_shot(reader, embed(reader, clips, Shape()), world_classes(clips, WORLD))
+    assert [report.value(name) for name in ("top-1", "shape", "color", "motion")] == [0, 0, 0, 0]
 
 
 def test_retrieval_finds_what_a_perfect_model_would(world: Path) -> None:
@@ -478,6 +560,13 @@ def test_generation_is_judged_beside_the_floor(
         (("linear-probe", "patch", "--label", "group"), "has no field group"),
         (("knn", "patch", "--label", "background"), "--k 20: there are only 9 training clips"),
         (("knn", "patch", "--label", "objects.0.size", "--share", "0.01"), "of 12 clips a share of 0.01"),
+        (("knn", "patch", "--label", "x", "--share", "0.5", "--test", "x"), "leave out one of them"),
+        (
+            ("linear-probe", "patch", "--label", "x", "--share", "0.25", "--test", "x"),
+            "leave out one of them",
+        ),
+        (("reconstruction", "patch", "--fps", "inf"), "--fps inf: say frames a second"),
+        (("knn", "patch", "--label", "background", "--fps", "1e12"), "--fps 1e+12: say frames a second"),
     ],
 )
 def test_mistakes_end_in_one_line(world: Path, tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
@@ -488,6 +577,29 @@ def test_mistakes_end_in_one_line(world: Path, tmp_path: Path, arguments: tuple[
     )
     assert answer.refused(said), answer.err
     assert not (tmp_path / "out" / "evaluated.json").exists()
+
+
+def test_what_no_clip_is_needed_for_is_told_before_any_is_coded(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def coded(*_: Any) -> None:
+        raise AssertionError("a clip was coded")
+
+    for kind in (PatchTokenizer, VtpTokenizer):
+        monkeypatch.setattr(kind, "encode", coded)
+    manifest, file = world / "world/manifest.jsonl", tmp_path / "file"
+    file.write_text("")
+    for out in (file, file / "within"):
+        answer = evaluate("reconstruction", world / "patch", manifest, out, *plain())
+        assert answer.refused(f"{file} is a file; name another folder"), answer.err
+        assert evaluate("retrieval", world / "vtp", manifest, out).refused("is a file")
+    table = ("features", world / "vtp", "--manifest", manifest, "--out")
+    assert Answer(*table, tmp_path / "v.jsonl", "--view", "bogus").refused(
+        "has no view bogus, only latent, cls, patch, clip"
+    )
+    assert Answer(*table, file / "v.jsonl").refused("is a file")
+    assert Answer(*table, tmp_path / "v.jsonl", "--fps", "inf").refused("--fps inf: say frames a second")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_one_class_and_other_mistakes_of_tables(world: Path, tmp_path: Path) -> None:
@@ -514,7 +626,7 @@ def test_without_its_wheel_a_network_is_left_out_and_told(
         raise UserError(f"{name} is not installed; pip install it")
 
     monkeypatch.setattr(command, "_extractor", missing)
-    monkeypatch.setattr(command, "_perceptual", missing)
+    monkeypatch.setattr(command, "open_perceptual", missing)
     manifest = world / "world/manifest.jsonl"
     answer = evaluate("reconstruction", world / "patch", manifest, tmp_path / "out")
     assert answer.value["left_out"].keys() == {"rFID and KID", "lpips"}

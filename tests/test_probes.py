@@ -17,6 +17,7 @@ from motionloom.evals.probes import (
     linear_probe,
     retrieval,
     zero_shot,
+    zero_shot_part,
 )
 from motionloom.rng import numpy_rng
 
@@ -122,6 +123,46 @@ def test_neighbours_tell_classes_apart() -> None:
     assert found.accuracy == 1
 
 
+@pytest.mark.parametrize("shares", [(20, 20), (30, 10), (11, 9)])
+def test_embeddings_that_have_collapsed_tell_no_label(shares: tuple[int, int]) -> None:
+    """Not even which class is the commonest, which needs no embedding."""
+    said = ["cat"] * shares[0] + ["dog"] * shares[1]
+    rng = numpy_rng("collapsed", *shares)
+    rng.shuffle(said)
+    for point in (np.full((len(said), 12), 0.3), np.zeros((len(said), 3)), rng.standard_normal(5)[None]):
+        train = Labelled(np.broadcast_to(point, (len(said), point.shape[1])), said)
+        assert linear_probe(train, train).accuracy == 0
+        for k in (1, 5, len(said)):
+            assert knn(train, train, k=k).accuracy == 0
+
+
+def test_tied_votes_are_wrong_and_so_are_those_that_hang_on_the_order() -> None:
+    east, north = [1.0, 0.0], [0.0, 1.0]
+    test = Labelled(np.array([east]), ["a"])
+
+    def right(x: list[list[float]], labels: str, k: int) -> bool:
+        return knn(Labelled(np.array(x), list(labels)), test, k=k).right[0]
+
+    assert not right([east, east, north, north], "abab", 2)
+    # Three are equally near, two of them vote: whether "a" wins depends on which.
+    assert not right([east, east, east, north], "aabb", 2)
+    assert not right([east, east, east, north], "baab", 2)
+    assert right([east, east, east, north], "aaab", 2)
+    assert right([east, east, east, north], "aabb", 3)
+
+
+def test_votes_without_ties_are_those_of_the_nearest_written_out() -> None:
+    train, test = gaussians(150, 10), gaussians(60, 11)
+    found = knn(train, test, k=7)
+    x, y = (part.x_ND / np.linalg.norm(part.x_ND, axis=1, keepdims=True) for part in (train, test))
+    for said, right, label, cosines in zip(found.said, found.right, test.labels, y @ x.T, strict=True):
+        votes = {"cat": 0.0, "dog": 0.0}
+        for n in np.argsort(-cosines)[:7]:
+            votes[str(train.labels[n])] += math.exp(cosines[n] / 0.07)
+        answer = max(votes, key=votes.__getitem__)
+        assert (("cat", "dog")[said], right) == (answer, answer == label)
+
+
 # Words
 
 
@@ -152,6 +193,11 @@ def test_zero_shot_takes_the_nearest_and_a_tie_is_wrong() -> None:
     assert found.chance == pytest.approx(1 / 3)
     collapsed = np.ones((4, 2))
     assert zero_shot(collapsed, np.ones((3, 2)), [0, 1, 2, 0]).accuracy == 0
+    # Of a part the nearest class with it counts, and a tie is wrong as well.
+    shape = ["disc", "disc", "star"]
+    assert zero_shot_part(clips, classes, [0, 1, 0, 1], shape) == (True, True, True, False)
+    assert zero_shot_part(clips, classes, [0, 1, 0, 1], ["x", "y", "x"]) == (True, True, False, False)
+    assert zero_shot_part(collapsed, np.ones((3, 2)), [0, 1, 2, 0], shape) == (False,) * 4
     with pytest.raises(UserError, match="one class alone"):
         zero_shot(clips, classes[:1], [0, 0, 0, 0])
 

@@ -6,8 +6,10 @@ import contextlib
 import io
 import json
 import math
+import os
 import re
 import shutil
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +25,7 @@ import motionloom.cli.train as train_command
 from motionloom.cli.console import Out
 from motionloom.cli.main import main
 from motionloom.cli.scale import Job, Outcome
+from motionloom.cli.scale_files import alone
 from motionloom.cli.scale_report import write_report
 from motionloom.config.study import Study, load_study, packaged_studies
 from motionloom.config.yaml_text import write_yaml
@@ -285,6 +288,140 @@ def test_a_point_whose_settings_changed_is_refused(copied: Path, world: Path) ->
     assert "delete that folder" in reason
 
 
+# Damage, and disk that was freed
+
+
+BIG = ("tokenizer_run", "generator_run", "tokenizer", "latents")
+
+
+@pytest.fixture
+def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever trains fails the test."""
+
+    def trained(*_: Any) -> None:
+        raise AssertionError("it was trained again")
+
+    monkeypatch.setattr(train_command, "run", trained)
+
+
+def older(out: Path) -> None:
+    """As a study that kept nothing of its points but what their stages left behind."""
+    for path in out.glob("points/*/outcome.json"):
+        path.unlink()
+
+
+@pytest.mark.usefixtures("untrained")
+def test_finished_points_outlive_what_was_freed(
+    studied: tuple[Path, Answer], copied: Path, world: Path
+) -> None:
+    for part in BIG:
+        shutil.rmtree(copied / "points" / "rec_1x_0" / part)
+    shutil.rmtree(copied / "caches")
+    shutil.rmtree(copied / "points" / "all_1x_0" / "tokenizer_run" / "checkpoints")
+    shutil.rmtree(copied / "points" / "all_1x_0" / "generation")
+    shutil.rmtree(copied / "points" / "all_1x_0" / "generator_run")
+    again = call("scale", written(copied.parent, tree(world)), "--out", copied, "--json")
+    assert again.code == 0, again.err
+    assert again.value["points"] == studied[1].value["points"]
+    assert again.err == ""
+
+
+@pytest.mark.usefixtures("untrained")
+def test_points_of_an_older_study_are_read_and_kept(
+    studied: tuple[Path, Answer], copied: Path, world: Path
+) -> None:
+    older(copied)
+    for part in BIG:
+        shutil.rmtree(copied / "points" / "rec_1x_0" / part)
+    study = written(copied.parent, tree(world))
+    again = call("scale", study, "--out", copied, "--json")
+    assert again.code == 0, again.err
+    assert again.value["points"] == studied[1].value["points"]
+    assert again.err == ""
+    for name in ("rec_1x_0", "all_1x_0"):
+        kept = json.loads((copied / "points" / name / "outcome.json").read_text())
+        assert kept == {key: again.point(name)[key] for key in ("operations", "steps", "seconds", "figures")}
+
+
+def test_a_new_variant_is_tried_whatever_became_of_the_others(copied: Path, world: Path) -> None:
+    older(copied)
+    shutil.rmtree(copied / "points" / "rec_1x_0" / "tokenizer_run" / "checkpoints")
+    (copied / "points" / "all_1x_0" / "stages.json").write_text('{"done": ["pix')
+    wider = {**VARIANTS, "none": {"vtp.clip": 0, "vtp.ssl": 0, "vtp.width": 24, "train.max_steps": 1}}
+    study = tree(
+        world, variants=wider, budgets={"1x": {}}, for_tokenizer={"vtp": SMALL_VTP, "train.max_steps": 2}
+    )
+    answer = call("scale", written(copied.parent, study), "--out", copied, "--json")
+    assert answer.code == 1, answer.err
+    states = {one["name"]: one["state"] for one in answer.value["points"]}
+    assert states == {"rec_1x_0": "done", "all_1x_0": "failed", "none_1x_0": "done"}
+    assert answer.point("rec_1x_0")["steps"] == 2
+
+
+@pytest.mark.usefixtures("untrained")
+@pytest.mark.parametrize(
+    "file",
+    [
+        "stages.json",
+        "settings.json",
+        "operations.json",
+        "generation/evaluated.json",
+        "reconstruction/evaluated.json",
+        "outcome.json",
+    ],
+)
+def test_a_damaged_file_is_named_and_made_anew_once_deleted(
+    file: str, studied: tuple[Path, Answer], copied: Path, world: Path
+) -> None:
+    study, path = written(copied.parent, tree(world)), copied / "points" / "all_1x_0" / file
+    if file != "outcome.json":
+        older(copied)
+    path.write_bytes(path.read_bytes()[:-30])
+    answer = call("scale", study, "--out", copied, "--json")
+    assert answer.code == 1, answer.err
+    point = answer.point("all_1x_0")
+    assert point["reason"] == (
+        f"{path}: cannot be read (it was cut short, or is no JSON); delete it, and the same command makes it "
+        "anew"
+    )
+    assert answer.point("rec_1x_0")["state"] == "done"
+    path.unlink()
+    again = call("scale", study, "--out", copied, "--json")
+    assert again.code == 0, again.err
+    for key in ("figures", "operations", "steps"):
+        assert again.point("all_1x_0")[key] == studied[1].point("all_1x_0")[key], key
+
+
+@pytest.mark.usefixtures("untrained")
+def test_what_was_judged_is_judged_again_where_it_is_gone(
+    studied: tuple[Path, Answer], copied: Path, world: Path
+) -> None:
+    first, second = (copied / "points" / name for name in ("rec_1x_0", "all_1x_0"))
+    (first / "outcome.json").unlink()
+    shutil.rmtree(first / "generation")
+    # Of an evaluation that broke off before its page was written.
+    (second / "reconstruction" / "evaluated.html").unlink()
+    again = call("scale", written(copied.parent, tree(world)), "--out", copied, "--json")
+    assert again.code == 0, again.err
+    assert "point 1 of 2 (rec, 1x, seed 0): judging generated clips" in again.err
+    assert "point 2 of 2 (all, 1x, seed 0): judging reconstructions" in again.err
+    assert again.err.count("judging") == 2
+    assert (first / "generation" / "evaluated.html").is_file()
+    for name in ("rec_1x_0", "all_1x_0"):
+        assert again.point(name)["figures"] == studied[1].point(name)["figures"]
+
+
+def test_a_study_is_gone_on_with_by_one_call_at_a_time(copied: Path, world: Path) -> None:
+    study = written(copied.parent, tree(world))
+    with alone(copied):
+        answer = call("scale", study, "--out", copied, "--json")
+    assert answer.code == 2
+    assert answer.err.count("\n") == 1
+    assert f"error: {copied}: process {os.getpid()} on {socket.gethostname()} (since 2" in answer.err
+    assert "is at work on this study; wait for it to end, or name another --out" in answer.err
+    assert call("scale", study, "--out", copied, "--json").code == 0
+
+
 # The file
 
 
@@ -305,6 +442,7 @@ def test_a_point_whose_settings_changed_is_refused(copied: Path, world: Path) ->
         ({"world": "", "extractor": "none"}, "nothing to judge by"),
         ({"world": "mars"}, "world mars: choose"),
         ({"extractor": "eyes"}, "encoder eyes: choose"),
+        ({"lpips": "squeeze"}, "lpips squeeze: choose vgg, alex, auto or none"),
         ({"train": "nowhere.jsonl"}, "train nowhere.jsonl: no such manifest"),
         ({"tokenizer": "lightning"}, "point rec, 1x, seed 0: "),
         ({"generator": "vtp_shapeworld"}, "point rec, 1x, seed 0: "),
@@ -323,7 +461,7 @@ def test_a_wrong_study_ends_in_one_line(
 
 
 def test_a_study_that_is_not_there_or_lacks_a_key(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"none.yaml: cannot be read .*claim, curve"):
+    with pytest.raises(UserError, match=r"none.yaml: cannot be read .*claim, .*curve"):
         load_study(tmp_path / "none.yaml")
     with pytest.raises(UserError, match="train is missing: Manifest of the training clips"):
         load_study(written(tmp_path, {"tokenizer": "vtp_shapeworld", "test": "x"}))

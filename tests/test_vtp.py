@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -331,6 +332,23 @@ def test_saved_and_loaded_it_is_the_same(tokenizer: VtpTokenizer, tmp_path: Path
     assert torch.equal(loaded.encode(clips(1, 9)), tokenizer.encode(clips(1, 9)))
 
 
+def test_a_folder_that_was_saved_shares_no_file_with_another(tmp_path: Path) -> None:
+    """Its owner may write over it where it stands; what was saved from it must not change with it."""
+    VtpTokenizer.measured(awake(SMALL), list(clips(2, 9))).save(tmp_path / "mine")
+    load_tokenizer(tmp_path / "mine").save(tmp_path / "cache")
+    load_tokenizer(tmp_path / "cache").save(tmp_path / "run")
+    for file in (tmp_path / "mine").iterdir():
+        assert len({(tmp_path / n / file.name).stat().st_ino for n in ("mine", "cache", "run")}) == 3, (
+            file.name
+        )
+    kept = load_tokenizer(tmp_path / "run").fingerprint()
+    awake(SMALL, 2).save_pretrained(tmp_path / "other")
+    weights = tmp_path / "mine" / "model.safetensors"
+    weights.write_bytes((tmp_path / "other" / "model.safetensors").read_bytes())
+    assert load_tokenizer(tmp_path / "mine").fingerprint() != kept
+    assert {load_tokenizer(tmp_path / n).fingerprint() for n in ("cache", "run")} == {kept}
+
+
 def test_fingerprints_tell_weights_and_settings_apart() -> None:
     first, same, other = awake(SMALL, 1), awake(SMALL, 1), awake(SMALL, 2)
     few, more = list(clips(2, 9)), list(clips(4, 9))
@@ -462,6 +480,10 @@ def test_the_model_refuses_them_as_well(shape: tuple[int, ...], message: str) ->
         awake(replace(SMALL, temporal_patch=4)).encode(torch.zeros(shape))
 
 
+HUGE = 10**400
+"""JSON has such numbers; floats have not."""
+
+
 def folder(tmp_path: Path, **said: object) -> Path:
     """A whole folder, its config changed."""
     awake(SMALL).save_pretrained(tmp_path)
@@ -482,6 +504,12 @@ def folder(tmp_path: Path, **said: object) -> Path:
         ({"text_pool_type": "last"}, "text_pool_type is 'last'"),
         ({"vision_bottleneck_ae_only": False}, "vision_bottleneck_ae_only is False; this version has True"),
         ({"init_logit_scale": "x"}, "init_logit_scale is 'x', not a number"),
+        ({"init_logit_bias": HUGE}, "not a number that float32 holds"),
+        ({"vision_init_values": 1e300}, r"vision_init_values is '1e\+300', not a number that float32 holds"),
+        ({"vision_depth": HUGE}, "vision_depth is too large for any model"),
+        ({"vision_mlp_ratio": HUGE}, "too large for any model"),
+        ({"text_mlp_ratio": 1e300}, "too wide for any model"),
+        ({"temporal_window": HUGE}, "temporal_window is 1000"),
         ({"vision_mlp_ratio": "4"}, "vision_mlp_ratio is '4', not a number above 0"),
         ({"temporal_patch": 3}, "temporal_patch is 3, none of 1, 2, 4"),
         ({"temporal_window": -1}, "temporal_window is -1"),
@@ -497,6 +525,103 @@ def test_damaged_folders_are_refused(tmp_path: Path, said: dict[str, object], me
         VTPModel.from_pretrained(folder(tmp_path, **said))
     assert "\n" not in str(caught.value)
     assert str(tmp_path) in str(caught.value)
+
+
+def test_whole_numbers_are_numbers(tmp_path: Path) -> None:
+    """As a hand writes them into a config."""
+    given = {"init_logit_bias": -10, "init_logit_scale": 2, "decoder_init_values": 1, "vision_init_values": 1}
+    awake(replace(SMALL, **given)).save_pretrained(tmp_path)  # type: ignore[arg-type]
+    model = VTPModel.from_pretrained(tmp_path)
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    fresh = VTPModel(VTPConfig.read(tmp_path / "config.json"))
+    assert fresh.logit_bias is not None
+    assert (fresh.logit_bias.item(), fresh.logit_scale.item()) == (-10.0, 2.0)
+    assert fresh.pixel_decoder.blocks[0].ls1.gamma.eq(1.0).all()  # type: ignore[union-attr, operator]
+
+
+def test_files_that_nest_without_end_are_refused(tmp_path: Path) -> None:
+    VtpTokenizer.measured(awake(SMALL), list(clips(2, 9))).save(tmp_path)
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"config\.json: not readable"):
+        VTPModel.from_pretrained(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"tokenizer\.json: not a tokenizer's"):
+        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"config\.json: not a diffusers config"):
+        load_tokenizer(tmp_path)
+
+
+def test_a_vocabulary_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "words.json").write_bytes(b'{"a": "\xff\xfe"}')
+    with pytest.raises(UserError, match=r"words\.json: not readable .*: copy the folder again") as caught:
+        Words.load(tmp_path, 12, 300)
+    assert str(tmp_path) in str(caught.value)
+
+
+IMAGE, TEXT = torch.zeros(2, 3, 16, 24), torch.tensor([[298, 5, 299] + [0] * 9])
+DARK = torch.stack([torch.zeros(3, 16, 24), torch.full((3, 16, 24), torch.nan)])
+CALLS: list[tuple[str, Callable[[VTPModel], object], str]] = [
+    ("more blocks", lambda m: m.get_intermediate_layers_feature(IMAGE, 3), "n is 3 and the encoder has 2"),
+    ("no blocks", lambda m: m.get_intermediate_layers_feature(IMAGE, 0), "ask for the last 1 to 2"),
+    (
+        "a block",
+        lambda m: m.get_intermediate_layers_feature(IMAGE, [1, 5]),
+        "n names block 5 and the encoder",
+    ),
+    ("the last", lambda m: m.get_intermediate_layers_feature(IMAGE, [-1]), "n names block -1"),
+    ("another way", lambda m: m(IMAGE, forward_type="recon"), "forward_type is 'recon': it is clip, rec or"),
+    ("no image", lambda m: m(text=TEXT, forward_type="rec"), "forward_type rec is of an image"),
+    (
+        "NaN, latents",
+        lambda m: m.get_reconstruction_latents(DARK),
+        "image 2 of 2 has pixels that are not fin",
+    ),
+    ("NaN, clip", lambda m: m.get_clip_image_feature(DARK), "image 2 of 2 has pixels that are not finite"),
+    ("NaN, last", lambda m: m.get_last_layer_feature(DARK), "image 2 of 2 has pixels that are not finite"),
+    (
+        "NaN, blocks",
+        lambda m: m.get_intermediate_layers_feature(DARK),
+        "image 2 of 2 has pixels that are not",
+    ),
+    ("NaN, logits", lambda m: m.get_clip_logits(DARK, TEXT), "image 2 of 2 has pixels that are not finite"),
+    ("NaN, forward", lambda m: m(DARK, forward_type="rec"), "image 2 of 2 has pixels that are not finite"),
+    ("infinite clip", lambda m: m.encode(DARK[:, None].log()), "clip 1 of 2 has pixels that are not finite"),
+    ("bytes", lambda m: m.get_last_layer_feature(IMAGE.byte()), r"floats of \(B, 3, H, W\)"),
+    ("grey", lambda m: m.get_last_layer_feature(IMAGE[:, :1]), r"floats of \(B, 3, H, W\)"),
+    ("an image as a clip", lambda m: m.encode(IMAGE), r"floats of \(B, P, 3, H, W\)"),
+    ("long", lambda m: m.get_clip_text_feature(torch.ones(1, 13).long()), "13 tokens, and the model has 12"),
+    (
+        "strange",
+        lambda m: m.get_clip_text_feature(TEXT + 1),
+        "token 300 is not in the model's vocabulary of 3",
+    ),
+    ("below", lambda m: m.get_clip_logits(IMAGE, TEXT - 1), "token -1 is not in the model's vocabulary"),
+    ("floats", lambda m: m.get_clip_text_feature(TEXT.float()), "give whole numbers"),
+]
+
+
+@pytest.mark.parametrize(("call", "message"), [c[1:] for c in CALLS], ids=[c[0] for c in CALLS])
+def test_what_the_released_methods_cannot_take_is_told(
+    call: Callable[[VTPModel], object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        call(awake(SMALL))
+    assert "\n" not in str(caught.value)
+
+
+def test_towers_that_a_model_has_not_are_told() -> None:
+    model = awake(replace(SMALL, train_clip=False, train_reconstruction=False))
+    for call in (model.get_clip_image_feature, model.get_clip_text_feature, model.forward):
+        with pytest.raises(UserError, match="reads no texts"):
+            call(IMAGE)
+    with pytest.raises(UserError, match="reads no texts"):
+        model.get_clip_logits(IMAGE, TEXT)
+    latents = model.get_reconstruction_latents(IMAGE)
+    with pytest.raises(UserError, match="has no decoder"):
+        model.get_latents_decoded_images(latents)
+    with pytest.raises(UserError, match="has no decoder"):
+        model(IMAGE, forward_type="rec")
 
 
 def test_files_that_are_cut_or_not_finite_are_refused(tmp_path: Path) -> None:
@@ -519,6 +644,8 @@ def test_files_that_are_cut_or_not_finite_are_refused(tmp_path: Path) -> None:
         ({"std": [[0.0] * 6]}, "deviations of its latents are not all above 0"),
         ({"mean": [[0.0] * 6, [0.0] * 6]}, "mean has not 1 rows of 6 numbers"),
         ({"mean": "none"}, "mean"),
+        ({"std": [[HUGE, 1.0, 1.0, 1.0, 1.0, 1.0]]}, "a number of std is too large"),
+        ({"mean": [[0.0, 0.0, 0.0, 0.0, 0.0, -HUGE]]}, "a number of mean is too large"),
         ({"rope": "fp16"}, "rope"),
     ],
 )

@@ -19,14 +19,18 @@ from motionloom.cli.main import main
 from motionloom.cli.tokenizer_run import TokenizerParts, TokenizerPreviews, assemble_tokenizer
 from motionloom.config import Recipe
 from motionloom.config.load import dump_recipe, load_recipe, load_recipe_with_notes
+from motionloom.config.vtp import VtpConfig
 from motionloom.data.batch import Batch
 from motionloom.data.cache import Cache, build_cache, open_cache
 from motionloom.data.manifest import ManifestEntry, read_entry, write_manifest
 from motionloom.errors import UserError
 from motionloom.methods.tokenizer.decoder import FinetuneDecoder
 from motionloom.methods.tokenizer.pretrain import Pretrain
+from motionloom.methods.tokenizer.sizes import model_config
 from motionloom.parallel import Ranks
+from motionloom.rng import torch_generator
 from motionloom.tokenizers import load_tokenizer
+from motionloom.tokenizers.vtp import PRESETS, VTPModel, VtpTokenizer
 from motionloom.train import checkpoint
 from motionloom.train.method import StepContext
 
@@ -81,6 +85,18 @@ def recipe(method: str = "tokenizer", vtp: dict[str, Any] | None = None, **secti
             "vtp": {**VTP, "temporal_patch": 4, **(vtp or {})},
             "train": train,
             **sections,
+        }
+    )
+
+
+def quick(tokenizer: dict[str, Any]) -> Recipe:
+    """A recipe that uses a tokenizer."""
+    return Recipe.model_validate(
+        {
+            "seed": 3,
+            "video": {"height": 16, "width": 24, "num_frames": 9, "fps": 8.0},
+            "tokenizer": tokenizer,
+            "text_encoder": {"dim": 4, "vocab_size": 16, "max_length": 4},
         }
     )
 
@@ -244,6 +260,19 @@ def test_near_captions_are_for_training_alone(cache: Cache) -> None:
     assert losses[1][1] == losses[0][1]
 
 
+def test_nothing_is_rebuilt_before_its_time_and_every_weight_has_a_gradient(cache: Cache) -> None:
+    parts = assemble_tokenizer(recipe(vtp={"rec_start": 2}), cache, Ranks())
+    batch = batch_of(parts)
+    for step, rebuilt in ((0, False), (1, False), (2, True)):
+        parts.model.zero_grad()
+        found = parts.method.losses(batch, context(step=step))
+        found.loss_B.mean().backward()
+        assert ("l1" in found.logs) is rebuilt
+        assert [name for name, p in parts.model.named_parameters() if p.grad is None] == []
+        moved = any(bool(p.grad.any()) for p in parts.model.pixel_decoder.parameters() if p.grad is not None)
+        assert moved is rebuilt
+
+
 @pytest.mark.slow
 def test_compiled_blocks_train_a_tokenizer_like_eager_ones(cache: Cache) -> None:
     """Clips, crops and hidden patches, with stochastic depth and a look back."""
@@ -382,6 +411,34 @@ tokenizer: {type: vtp, name_or_path: %s, latent_f: 8, latent_t: 4, latent_d: 8, 
         main_of("cache", str(asked), "--manifest", str(manifest), "--out", str(out))
 
 
+def test_another_tokenizer_in_a_caches_place_is_refused(entries: list[ManifestEntry], tmp_path: Path) -> None:
+    """Latents of one model are never decoded, trained on or added to by another."""
+    config = replace(
+        model_config(recipe().vtp, 24, 300, rebuilt=True), vision_feature_bottleneck=6, train_clip=False
+    )
+    for seed, name in enumerate(("mine", "other")):
+        model = VTPModel(config, "fp32")
+        model.init_weights(seed)
+        noise = torch.randint(0, 256, (9, 16, 24, 3), generator=torch_generator("c"), dtype=torch.uint8)
+        VtpTokenizer.measured(model, [noise]).save(tmp_path / name)
+    shape = {"latent_f": 8, "latent_t": 4, "latent_d": 6, "first_alone": True, "rope": "fp32"}
+    asked = quick({"type": "vtp", "name_or_path": str(tmp_path / "mine"), **shape})
+    build_cache(asked, entries[:4], tmp_path / "cache")
+    cached = open_cache(tmp_path / "cache").tokenizer().fingerprint()
+    own, weights = ((tmp_path / n / "model.safetensors").read_bytes() for n in ("mine", "other"))
+    (tmp_path / "mine" / "model.safetensors").write_bytes(weights)
+    assert open_cache(tmp_path / "cache").tokenizer().fingerprint() == cached
+    (tmp_path / "cache" / "tokenizer" / "model.safetensors").write_bytes(weights)
+    said = (
+        rf"cache/tokenizer: is \w{{12}} and the cache's latents were made by {cached[:12]}: .* restore them"
+    )
+    with pytest.raises(UserError, match=said):
+        open_cache(tmp_path / "cache").tokenizer()
+    (tmp_path / "mine" / "model.safetensors").write_bytes(own)
+    with pytest.raises(UserError, match=said):
+        build_cache(asked, entries, tmp_path / "cache")
+
+
 def test_previews_show_held_out_clips_over_what_became_of_them(cache: Cache, tmp_path: Path) -> None:
     parts = assemble_tokenizer(recipe(), cache, Ranks())
     from contextlib import nullcontext
@@ -409,6 +466,14 @@ def _command(*arguments: str) -> None:
 
 # What is refused
 
+PUBLISHED = {
+    **{name: VtpConfig.model_fields[name].default for name in VTP},
+    "preset": "S",
+    "perceptual": 0.0,
+    "global_size": 32,
+    "local_size": 16,
+}
+SQUARE = {"width": 32, "height": 32, "num_frames": 9}
 WRONG: list[tuple[str, Callable[[], Recipe], str]] = [
     (
         "latents",
@@ -447,6 +512,27 @@ WRONG: list[tuple[str, Callable[[], Recipe], str]] = [
     ("near without contrast", lambda: recipe(vtp={"clip": 0.0, "clip_near": 2}), "set vtp.clip_near to 0"),
     ("a rate of no rest", lambda: recipe(train={"rest_lr": 1e-3}), "train.optimizer muon"),
     ("denoise", lambda: recipe("denoise"), "tokenizer.type pixels is for train.method tokenizer"),
+    ("one prototype", lambda: recipe(vtp={"prototypes": 1}), "vtp.prototypes 1 leaves nothing to sort by"),
+    ("none rebuilt", lambda: recipe(vtp={"rec_share": 0}), "vtp.rec_share is 0, and vtp.rec is not"),
+    ("none distilled", lambda: recipe(vtp={"ssl_share": 0}), "vtp.ssl_share is 0, and vtp.ssl is not"),
+    ("masks", lambda: recipe(vtp={"mask_ratio": [0.9, 0.1]}), "vtp.mask_ratio goes from 0.9 down to 0.1"),
+    ("whole", lambda: recipe(vtp={"global_scale": [1, 0.3]}), "vtp.global_scale goes from 1 down to 0.3"),
+    ("parts", lambda: recipe(vtp={"local_scale": [0.3, 0.1]}), "vtp.local_scale goes from 0.3 down to 0.1"),
+    (
+        "sizes beside a preset",
+        lambda: recipe(vtp={**PUBLISHED, "width": 96, "qk_norm": True}, video=SQUARE),
+        "vtp.preset S has sizes of its own, so vtp.width, vtp.qk_norm would not be read: leave them out",
+    ),
+    (
+        "words beside a preset",
+        lambda: recipe(vtp={**PUBLISHED, "vocab_size": 512}, video=SQUARE),
+        "vtp.preset S has sizes of its own, so vtp.vocab_size would not be read: leave it out, or the preset",
+    ),
+    (
+        "frames of a preset",
+        lambda: recipe(vtp=PUBLISHED, video={**SQUARE, "num_frames": 8}),
+        "video.num_frames 8 is not one frame and groups of vtp.temporal_patch 4: use 5 or 9",
+    ),
 ]
 
 
@@ -455,6 +541,23 @@ def test_recipes_that_do_not_fit_are_refused(name: str, asked: Callable[[], Reci
     with pytest.raises(ValidationError) as error:
         asked()
     assert said in str(error.value)
+
+
+def test_what_no_loss_reads_is_not_looked_at() -> None:
+    free = {"prototypes": 1, "ssl_share": 0, "mask_ratio": [0.9, 0.1]}
+    assert recipe(vtp={"ssl": 0, **free}).vtp.prototypes == 1
+    assert recipe(vtp={"rec": 0, "rec_share": 0}).vtp.rec_share == 0
+
+
+def test_our_options_apply_to_a_released_size() -> None:
+    options = {"temporal_patch": 2, "temporal_window": 1, "conv_kernel": 3}
+    asked = recipe(vtp={**PUBLISHED, **options}, video=SQUARE)
+    config = model_config(asked.vtp, 32, 49408, rebuilt=True)
+    assert config == replace(PRESETS["S"], image_size=32, **options)
+    with torch.device("meta"):
+        model = VTPModel(config)
+    z = model.latents(model.trunk(torch.zeros(1, 9, 3, 32, 32, device="meta")))
+    assert z.shape == (1, 5, 2, 2, 64)
 
 
 def test_crops_that_are_larger_than_frames_are_told() -> None:

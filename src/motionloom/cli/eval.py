@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from motionloom.evals.fidelity import Perceive
     from motionloom.evals.figures import Report
     from motionloom.evals.probes import Answers, Labelled
-    from motionloom.evals.tokenizer import Embedded, TokenizerViews
+    from motionloom.evals.tokenizer import Embedded, Rebuilt, TokenizerViews
     from motionloom.generate import Model
     from motionloom.studio.page import Table
     from motionloom.tokenizers import Tokenizer
@@ -32,6 +33,10 @@ LPIPS = ("vgg", "alex")
 Heads = tuple[str, ...]
 Rows = tuple[str, Heads, list[tuple[str, ...]]]
 """A table: title, heads, rows."""
+SHARE = 0.25
+"""Of the training clips, set aside where no others are named."""
+MOST_FPS = 1000
+"""A picture of the page is shown for a whole number of milliseconds."""
 T = TypeVar("T")
 
 
@@ -48,10 +53,14 @@ class Reading:
 
     @property
     def shape(self) -> Shape:
-        """Raises UserError for a size that is written wrongly."""
+        """Raises UserError for a size that is written wrongly, and for a rate that is none."""
         from motionloom.config.request import parse_request
         from motionloom.evals.clips import Shape
 
+        if self.fps is not None and not 0 < self.fps <= MOST_FPS:
+            raise UserError(
+                f"--fps {self.fps:g}: say frames a second, above 0 and at most {MOST_FPS}, or leave it out"
+            )
         size = parse_request({"prompt": "", "size": self.size}).size if self.size else None
         return Shape(self.frames, size, self.fps)
 
@@ -71,20 +80,23 @@ def reconstruction(
 ) -> None:
     """Clips through a tokenizer and back: figures, page, and originals over reconstructions."""
     from motionloom.evals.clips import open_set
-    from motionloom.evals.tokenizer import Tools, judge_reconstruction
+    from motionloom.evals.tokenizer import DISTANCES, Tools, judge_reconstruction
 
-    job = _Job(out, as_json)
+    job, shape = _Job(out, as_json), reading.shape
     told = Tools(
-        job.optional("rFID and KID", extractor, _extractor),
-        job.optional("lpips", lpips, _perceptual),
+        job.optional(DISTANCES, extractor, _extractor),
+        job.optional("lpips", lpips, open_perceptual),
         _world(world),
         batch=reading.batch,
     )
     coder, clips = _tokenizer(tokenizer, reading.device), open_set(manifest, reading.clips)
     with job.console.progress("clips") as advance:
-        found = judge_reconstruction(coder, clips, reading.shape, told, advance)
+        found = judge_reconstruction(coder, clips, shape, told, advance)
+    for what, why in found.left_out.items():
+        job.leave_out(what, why)
     pairs = [(seen, _over(seen.video_PHW3, made)) for seen, made in found.shown]
-    job.finish(found.report, [clips], _made_by(tokenizer, coder), pairs, "originals over reconstructions")
+    made_by = {**_made_by(tokenizer, coder), **_compressed(coder, found)}
+    job.finish(found.report, [clips], made_by, pairs, "originals over reconstructions")
 
 
 def zero_shot(
@@ -118,7 +130,7 @@ def linear_probe(
     out: Path,
     reading: Reading,
     label: str,
-    share: float,
+    share: float | None,
     cells: bool,
     seed: int,
     as_json: bool,
@@ -137,7 +149,7 @@ def knn(
     out: Path,
     reading: Reading,
     label: str,
-    share: float,
+    share: float | None,
     k: int,
     seed: int,
     as_json: bool,
@@ -150,12 +162,18 @@ def knn(
 
 
 def _train_and_test(
-    train: Path, test: Path | None, share: float, seed: int, reading: Reading
+    train: Path, test: Path | None, share: float | None, seed: int, reading: Reading
 ) -> tuple[Set, Set]:
     from motionloom.evals.clips import open_set, set_aside
 
+    if test is not None and share is not None:
+        raise UserError(
+            f"--share {share:g} sets clips of --train aside, and --test names others: leave out one of them"
+        )
     first = open_set(train, reading.clips)
-    return set_aside(first, share, seed) if test is None else (first, open_set(test, reading.clips))
+    if test is not None:
+        return first, open_set(test, reading.clips)
+    return set_aside(first, SHARE if share is None else share, seed)
 
 
 def _probe(
@@ -214,11 +232,13 @@ def features(tokenizer: Path, manifest: Path, out: Path, reading: Reading, view:
     from motionloom.evals.table import check_name, write_table
     from motionloom.evals.tokenizer import embed
 
-    console = Out(as_json)
+    console, shape = Out(as_json), reading.shape
     check_name(out)
+    _check_place(out.parent)
     views, clips = _views(tokenizer, reading, view == "latent cells"), open_set(manifest, reading.clips)
+    views.require(view)
     with console.progress("clips") as advance:
-        found = embed(views, clips, reading.shape, batch=reading.batch, advance=advance)
+        found = embed(views, clips, shape, batch=reading.batch, advance=advance)
     vectors = found.view(view, views)
     # Of the space that is searched by cosine; the others keep their lengths.
     vectors = unit(vectors) if view == "clip" else np.asarray(vectors, np.float32)
@@ -308,10 +328,20 @@ def _views(folder: Path, reading: Reading, cells: bool = False) -> TokenizerView
 def _made_by(folder: Path, tokenizer: Tokenizer) -> dict[str, Any]:
     spec = tokenizer.spec
     head = "a first frame alone, then " if spec.first_alone else ""
-    pixels = 3 * spec.spatial**2 * spec.temporal / spec.channels
     shape = f"{head}{spec.temporal} x {spec.spatial} x {spec.spatial} pixels to {spec.channels} numbers"
-    note = {"latents": shape, "pixel_values_per_latent_value": round(pixels, 3)}
-    return {"tokenizer": str(folder), "fingerprint": tokenizer.fingerprint(), **note}
+    return {"tokenizer": str(folder), "fingerprint": tokenizer.fingerprint(), "latents": shape}
+
+
+def _compressed(tokenizer: Tokenizer, found: Rebuilt) -> dict[str, Any]:
+    """How much less the latents of the judged clips are than their pixels, both counted. Where a first frame
+    stands alone, that depends on how many frames there are."""
+    pixels, latents = 0, 0
+    for shape, clips in found.shapes.items():
+        pixels += clips * 3 * math.prod(shape)
+        latents += clips * tokenizer.spec.channels * math.prod(tokenizer.spec.latent_grid(*shape))
+    frames = sorted({shape[0] for shape in found.shapes})
+    told = f"{frames[0]}" if len(frames) == 1 else f"{frames[0]} to {frames[-1]}"
+    return {"pixel_values_per_latent_value": round(pixels / latents, 3), "frames_per_clip": told}
 
 
 def _world(name: str) -> World | None:
@@ -328,7 +358,8 @@ def _extractor(name: str) -> Extractor:
     return open_encoder("efficientnet-lite0" if name == AUTO else name)
 
 
-def _perceptual(name: str) -> tuple[str, Perceive]:
+def open_perceptual(name: str) -> tuple[str, Perceive]:
+    """LPIPS and its name. Raises UserError for an unknown one, or where its wheel is not installed."""
     if name not in (AUTO, *LPIPS):
         raise UserError(f"--lpips {name}: choose {', '.join(LPIPS)}, {AUTO} or {NONE}")
     from motionloom.evals.encoders import fingerprint
@@ -350,10 +381,18 @@ def _over(above_PHW3: Video, below_PHW3: Video) -> Video:
 # What is answered
 
 
+def _check_place(folder: Path) -> None:
+    """Raises UserError, before any clip is coded, where a folder cannot be made because a file is there."""
+    there = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+    if not there.is_dir():
+        raise UserError(f"--out {folder}: {there} is a file; name another folder")
+
+
 class _Job:
     """Where one evaluation writes, and what it could not look at."""
 
     def __init__(self, out: Path, as_json: bool) -> None:
+        _check_place(out)
         if (out / EVALUATED).exists():
             raise UserError(f"{out}: holds an evaluation already; name another folder, or delete it")
         self.out, self.console = out, Out(as_json)
@@ -368,9 +407,13 @@ class _Job:
         except UserError as error:
             if name != AUTO:
                 raise
-            self.left_out[what] = str(error)
-            self.console.note(f"left out: {what}; {error}")
+            self.leave_out(what, str(error))
             return None
+
+    def leave_out(self, what: str, why: str) -> None:
+        """A figure that cannot be told; the others are."""
+        self.left_out[what] = why
+        self.console.note(f"left out: {what}; {why}")
 
     def embed(self, views: TokenizerViews, clips: Set, reading: Reading) -> Embedded:
         """Clips as vectors."""
@@ -387,7 +430,7 @@ class _Job:
         pairs: Sequence[tuple[Seen, Video]] = (),
         pictured: str = "",
     ) -> None:
-        """Tables on the terminal; evaluated.json, a page and a sheet in the folder."""
+        """Tables on the terminal; in the folder a sheet, a page and, once they are there, evaluated.json."""
         from motionloom.cli.judge import show
         from motionloom.durable import write_atomic
 
@@ -405,18 +448,18 @@ class _Job:
             "command": shlex.join(["motionloom", *sys.argv[1:]]),
         }
         new_folder(self.out)
-        write_atomic(self.out / EVALUATED, json.dumps(answer, indent=1).encode())
-        answer["evaluated"] = str(self.out / EVALUATED)
+        files = {"evaluated": str(self.out / EVALUATED)}
         if pairs:
-            answer["sheet"] = str(self._sheet(pairs))
-        answer["page"] = str(self._page(report, pairs, answer, pictured))
+            files["sheet"] = str(self._sheet(pairs))
+        files["page"] = str(self._page(report, pairs, answer, pictured))
+        write_atomic(self.out / EVALUATED, json.dumps(answer, indent=1).encode())
         show(self.console, report)
         for rows in more_tables(report):
             self.console.table(*rows)
         if warning := report.details.get("warning"):
             self.console.note(f"note: {warning}")
-        files = [answer[name] for name in ("evaluated", "page", "sheet") if name in answer]
-        self.console.result(answer, files)
+        lines = [files[name] for name in ("evaluated", "page", "sheet") if name in files]
+        self.console.result({**answer, **files}, lines)
 
     def _sheet(self, pairs: Sequence[tuple[Seen, Video]]) -> Path:
         from motionloom.data.sheets import contact_sheet

@@ -708,7 +708,8 @@ Test = Annotated[
     Path | None, typer.Option("--test", help="Manifest of clips to be told; else a share of --train.")
 ]
 Share = Annotated[
-    float, typer.Option(min=0.01, max=0.99, help="Without --test: that share of --train is set aside.")
+    float | None,
+    typer.Option(min=0.01, max=0.99, help="Without --test: that share of --train is set aside; else 0.25."),
 ]
 
 
@@ -782,7 +783,7 @@ def linear_probe(
     label: Label,
     out: Evaluated,
     test: Test = None,
-    share: Share = 0.25,
+    share: Share = None,
     cells: Annotated[
         bool,
         typer.Option("--cells", help="Probe the whole latent too, cell by cell, and not its mean alone."),
@@ -813,7 +814,7 @@ def knn(
     label: Label,
     out: Evaluated,
     test: Test = None,
-    share: Share = 0.25,
+    share: Share = None,
     k: Annotated[int, typer.Option(min=1, help="Neighbours that vote.")] = 20,
     clips: Most = None,
     frames: Frames = None,

@@ -5,7 +5,8 @@ other. What was finished is written down, so a second call with the same --out g
 stopped.
 
     out/caches/     pixels for tokenizers, shared by the points that read the same
-    out/points/     a folder each: both runs, the tokenizer, its latents, what was judged, and its settings
+    out/points/     a folder each: both runs, the tokenizer, its latents, what was judged, and its settings;
+                    in outcome.json what came of it, which outlives the rest
     out/scaled.*    the answer, written anew after every point
 """
 
@@ -27,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from motionloom.cli.console import FAILED, INTERRUPTED, Out, new_folder
+from motionloom.cli.scale_files import ANEW, alone, digest, read_json, write_json, write_share
 from motionloom.durable import write_atomic
 from motionloom.errors import UserError
 
@@ -36,6 +38,9 @@ if TYPE_CHECKING:
     from motionloom.data.cache import Cache
 
 SETTINGS, STAGES, TRACEBACK = "settings.json", "stages.json", "failed.txt"
+OPERATIONS, OUTCOME = "operations.json", "outcome.json"
+JUDGED = ("reconstruction", "generation")
+"""Stages that give figures; each a folder of that name."""
 DECIDE_NOTHING = (
     *("output_dir", "experiment_name", "num_workers", "tokenizer.name_or_path"),
     *("train.save_every_steps", "train.keep_checkpoints", "train.log_every_steps"),
@@ -76,11 +81,11 @@ def run(study_name: str, out: Path, dry_run: bool, as_json: bool) -> None:
     if dry_run:
         listed(console, jobs, _operations_ahead(jobs, console))
         return
-    new_folder(out)
     outcomes: list[Outcome] = []
-    for number, job in enumerate(jobs, 1):
-        outcomes.append(job.outcome(f"point {number} of {len(jobs)} ({job.point})"))
-        answer, tables = write_report(study, outcomes, out)
+    with alone(new_folder(out)):
+        for number, job in enumerate(jobs, 1):
+            outcomes.append(job.outcome(f"point {number} of {len(jobs)} ({job.point})"))
+            answer, tables = write_report(study, outcomes, out)
     for table in tables:
         console.table(*table)
     known = sorted({name for one in outcomes for name in one.figures})
@@ -96,6 +101,7 @@ def run(study_name: str, out: Path, dry_run: bool, as_json: bool) -> None:
 
 def _check(study: Study) -> None:
     """What would otherwise be found out after the first training."""
+    from motionloom.cli import eval as command
     from motionloom.data.shapeworld import PRESETS
     from motionloom.evals.encoders import open_encoder
 
@@ -108,6 +114,22 @@ def _check(study: Study) -> None:
         raise UserError(f"world {study.world}: choose {', '.join(PRESETS)}")
     if study.extractor not in ("auto", "none"):
         open_encoder(study.extractor)
+    if study.lpips not in (command.AUTO, command.NONE, *command.LPIPS):
+        known = ", ".join(command.LPIPS)
+        raise UserError(f"lpips {study.lpips}: choose {known}, {command.AUTO} or {command.NONE}")
+    if study.lpips in command.LPIPS:
+        command.open_perceptual(study.lpips)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One command of a point, done where what it makes is needed and not ``made``, or not to its end."""
+
+    name: str
+    says: str
+    work: Callable[[], None]
+    made: Callable[[], bool]
+    needs: tuple[str, ...] = ()
 
 
 class Job:
@@ -189,7 +211,7 @@ class Job:
         self._head = head
         try:
             self._refuse_changed()
-            self._all_stages()
+            found = self._carried_out()
         except UserError as error:
             return self._failed(str(error))
         except SystemExit as stop:
@@ -201,88 +223,166 @@ class Job:
             first = (str(error).splitlines() or [""])[0]
             return self._failed(f"{type(error).__name__}: {first} ({self.folder / TRACEBACK} tells where)")
         (self.folder / TRACEBACK).unlink(missing_ok=True)
-        return self._read()
+        return found
 
     def _failed(self, reason: str) -> Outcome:
         self.console.note(f"{self._head} failed: {reason}")
-        return Outcome(self.point, seconds=self._seconds(), failed=reason)
+        try:
+            seconds = self._seconds()
+        except UserError:  # the diary itself may be what is damaged
+            seconds = 0.0
+        return Outcome(self.point, seconds=seconds, failed=reason)
 
-    def _all_stages(self) -> None:
-        from motionloom.cli import cache, train
+    def _carried_out(self) -> Outcome:
+        """All stages that are left, and what came of all of them, which is kept."""
+        kept = self._kept()
+        ahead = self._ahead() if kept is None else self._judged_again()
+        if kept is not None and not ahead:
+            return kept
+        for stage in ahead:
+            self._do(stage)
+        found = self._read(kept)
+        told = ("operations", "steps", "seconds", "figures")
+        write_json(self.folder / OUTCOME, {name: getattr(found, name) for name in told})
+        return found
 
-        study = self.study
-        self._stage("pixels", "caching pixels", self._cache_pixels)
-        self._stage("operations", "counting operations", self._count)
-        self._stage(
-            "tokenizer",
-            "training the tokenizer",
-            lambda: train.run(
-                study.tokenizer, self.tokenizer_overrides, self.pixels, _began(self.tokenizer_run), False
+    def _ahead(self) -> list[Stage]:
+        """What was not done or is gone, as far as figures that are not there yet need it."""
+        done, ahead = self._diary()["done"], set()
+
+        def need(name: str) -> None:
+            if name not in ahead and not (name in done and self._stages[name].made()):
+                ahead.add(name)
+                for other in self._stages[name].needs:
+                    need(other)
+
+        for name in ("operations", *JUDGED):
+            need(name)
+        return [stage for stage in self._stages.values() if stage.name in ahead]
+
+    def _judged_again(self) -> list[Stage]:
+        """Of a point that has come to its end: judgements that are gone, where what they look at is not."""
+        gone = (self._stages[name] for name in JUDGED if not self._stages[name].made())
+        return [stage for stage in gone if all(self._stages[name].made() for name in stage.needs)]
+
+    @cached_property
+    def _stages(self) -> dict[str, Stage]:
+        """By name, in order."""
+        latents, tokenizer = self.folder / "latents", self.folder / "tokenizer"
+        stages = (
+            Stage("pixels", "caching pixels", self._cache_pixels, self._has_pixels),
+            Stage(
+                "operations",
+                "counting operations",
+                self._count,
+                (self.folder / OPERATIONS).exists,
+                ("pixels",),
+            ),
+            Stage(
+                "tokenizer",
+                "training the tokenizer",
+                self._train_tokenizer,
+                lambda: _newest(self.tokenizer_run) is not None,
+                ("pixels",),
+            ),
+            Stage(
+                "convert", "measuring its latents", self._convert, tokenizer.is_dir, ("pixels", "tokenizer")
+            ),
+            Stage("latents", "caching latents", self._cache_latents, latents.is_dir, ("convert",)),
+            Stage(
+                "generator",
+                "training the generator",
+                self._train_generator,
+                lambda: _newest(self.generator_run) is not None,
+                ("convert", "latents"),
+            ),
+            Stage(
+                "reconstruction",
+                "judging reconstructions",
+                self._judge_rebuilt,
+                lambda: self._is_judged("reconstruction"),
+                ("convert",),
+            ),
+            Stage(
+                "generation",
+                "judging generated clips",
+                self._judge_generated,
+                lambda: self._is_judged("generation"),
+                ("generator",),
             ),
         )
+        return {stage.name: stage for stage in stages}
 
-        self._stage("convert", "measuring its latents", self._convert)
-        overrides, latents = self.generator_overrides, self.folder / "latents"
-        self._stage(
-            "latents",
-            "caching latents",
-            lambda: cache.run(study.generator, Path(study.train), latents, overrides, False),
-        )
-        self._stage(
-            "generator",
-            "training the generator",
-            lambda: train.run(study.generator, overrides, latents, _began(self.generator_run), False),
-        )
-        self._stage("reconstruction", "judging reconstructions", self._judge_rebuilt)
-        self._stage("generation", "judging generated clips", self._judge_generated)
-
-    def _stage(self, name: str, says: str, work: Callable[[], None]) -> None:
+    def _do(self, stage: Stage) -> None:
         """Announce, do and write down. Answers of commands are no part of this one's, which is on stdout."""
-        diary: dict[str, Any] = {"done": [], "seconds": {}, **_read_json(self.folder / STAGES)}
-        if name in diary["done"]:
-            return
-        self.console.note(f"{self._head}: {says}")
+        diary = self._diary()
+        self.console.note(f"{self._head}: {stage.says}")
         began = time.monotonic()
         try:
             with redirect_stdout(sys.stderr):
-                work()
-            diary["done"].append(name)
+                stage.work()
+            diary["done"] = [*(name for name in diary["done"] if name != stage.name), stage.name]
         finally:
-            took = diary["seconds"].get(name, 0.0) + time.monotonic() - began
-            diary["seconds"][name] = round(took, 1)
-            _write_json(self.folder / STAGES, diary)
+            took = diary["seconds"].get(stage.name, 0.0) + time.monotonic() - began
+            diary["seconds"][stage.name] = round(took, 1)
+            write_json(self.folder / STAGES, diary)
+
+    def _diary(self) -> dict[str, Any]:
+        """The stages that were done to their end, and the seconds of each. Raises UserError if damaged."""
+        diary: dict[str, Any] = {"done": [], "seconds": {}, **read_json(self.folder / STAGES)}
+        if not (isinstance(diary["done"], list) and isinstance(diary["seconds"], dict)):
+            raise UserError(f"{self.folder / STAGES}: is no list of stages; {ANEW}")
+        return diary
 
     def _seconds(self) -> float:
         """Spent on it, over all calls."""
-        return round(sum(_read_json(self.folder / STAGES).get("seconds", {}).values()), 1)
+        return round(sum(self._diary()["seconds"].values()), 1)
 
     @cached_property
     def pixels(self) -> Path:
         """The cache of pixels, shared with the points whose tokenizers see the same clips in the same way."""
         from motionloom.data.cache.identity import decisive_keys
 
-        keys = [decisive_keys(self.tokenizer), self.point.data, _digest(self.study.train)]
+        keys = [decisive_keys(self.tokenizer), self.point.data, digest(self.study.train)]
         name = hashlib.sha256(json.dumps(keys, sort_keys=True).encode()).hexdigest()[:8]
         return self._out / "caches" / f"pixels_{self.point.data:g}_{name}"
+
+    @property
+    def _pixels_whole(self) -> Path:
+        return self.pixels.with_name(f"{self.pixels.name}.whole")
+
+    def _has_pixels(self) -> bool:
+        return self._pixels_whole.exists() and self.pixels.is_dir()
 
     def _cache_pixels(self) -> None:
         from motionloom.cli import cache
 
-        whole = self.pixels.with_name(f"{self.pixels.name}.whole")
-        if whole.exists():
+        if self._has_pixels():
             return
         manifest = Path(self.study.train)
         if self.point.data < 1:
             manifest = self.pixels.with_name(f"{self.pixels.name}.jsonl")
-            _write_share(Path(self.study.train), self.point.data, manifest)
+            write_share(Path(self.study.train), self.point.data, manifest)
         cache.run(self.study.tokenizer, manifest, self.pixels, self.tokenizer_overrides, False)
-        write_atomic(whole, b"")
+        write_atomic(self._pixels_whole, b"")
 
     def _count(self) -> None:
         from motionloom.data.cache import open_cache
 
         counted = operations_per_step(self.tokenizer, open_cache(self.pixels))
-        _write_json(self.folder / "operations.json", {"per_step": counted})
+        write_json(self.folder / OPERATIONS, {"per_step": counted})
+
+    def _train_tokenizer(self) -> None:
+        _train(self.study.tokenizer, self.tokenizer_overrides, self.tokenizer, self.pixels)
+
+    def _cache_latents(self) -> None:
+        from motionloom.cli import cache
+
+        study, latents = self.study, self.folder / "latents"
+        cache.run(study.generator, Path(study.train), latents, self.generator_overrides, False)
+
+    def _train_generator(self) -> None:
+        _train(self.study.generator, self.generator_overrides, self.generator, self.folder / "latents")
 
     def _convert(self) -> None:
         from motionloom.cli import convert
@@ -295,12 +395,18 @@ class Job:
         convert.run(self.tokenizer_run, part, wish, False)
         part.rename(whole)
 
+    def _is_judged(self, kind: str) -> bool:
+        from motionloom.cli import eval as command
+
+        return all((self.folder / kind / name).exists() for name in (command.EVALUATED, command.PAGE))
+
     def _judge_rebuilt(self) -> None:
         from motionloom.cli import eval as command
 
         video, study, out = self.tokenizer.video, self.study, self.folder / "reconstruction"
-        if (out / command.EVALUATED).exists():
+        if self._is_judged("reconstruction"):
             return
+        shutil.rmtree(out, ignore_errors=True)
         size = f"{video.height}x{video.width}"
         reading = command.Reading(study.clips, video.num_frames, size, video.fps)
         command.reconstruction(
@@ -318,8 +424,9 @@ class Job:
         from motionloom.cli import eval as command
 
         study, out = self.study, self.folder / "generation"
-        if (out / command.EVALUATED).exists():
+        if self._is_judged("generation"):
             return
+        shutil.rmtree(out, ignore_errors=True)
         command.generation(
             self.generator_run,
             Path(study.test),
@@ -340,7 +447,7 @@ class Job:
         found: dict[str, Any] = {"data": self.point.data}
         found |= {key: getattr(self.study, key) for key in ("clips", "world", "extractor", "lpips")}
         for key in ("train", "test"):
-            found |= {f"{key} (its content)": _digest(getattr(self.study, key))}
+            found |= {f"{key} (its content)": digest(getattr(self.study, key))}
         for name, recipe in (("tokenizer", self.tokenizer), ("generator", self.generator)):
             flat = flatten(recipe.model_dump(mode="json"))
             found |= {f"{name}: {key}": value for key, value in flat.items() if key not in DECIDE_NOTHING}
@@ -350,9 +457,9 @@ class Job:
         """Raises UserError where the point was begun otherwise; keys that are newer do not count."""
         path, now = self.folder / SETTINGS, json.loads(json.dumps(self.settings()))
         if not path.exists():
-            _write_json(path, now)
+            write_json(path, now)
             return
-        before = _read_json(path)
+        before = read_json(path)
         if changed := [key for key, value in now.items() if key in before and before[key] != value]:
             key, more = changed[0], f" (and {len(changed) - 1} keys more)" if len(changed) > 1 else ""
             raise UserError(
@@ -361,24 +468,61 @@ class Job:
                 "folder"
             )
 
-    def _read(self) -> Outcome:
-        from motionloom.train import checkpoint
+    def _kept(self) -> Outcome | None:
+        """What came of it, of a point that has come to its end. Raises UserError if that is damaged."""
+        path = self.folder / OUTCOME
+        if not (kept := read_json(path)):
+            return None
+        try:
+            numbers = int(kept["operations"]), int(kept["steps"]), float(kept["seconds"])
+            return Outcome(
+                self.point, *numbers, {name: float(value) for name, value in kept["figures"].items()}
+            )
+        except (KeyError, TypeError, ValueError, AttributeError):
+            raise UserError(f"{path}: does not say what came of the point; {ANEW}") from None
 
-        steps = checkpoint.load(self.tokenizer_run, verify=False).step
-        per_step = int(_read_json(self.folder / "operations.json")["per_step"])
+    def _read(self, kept: Outcome | None) -> Outcome:
+        """What the stages left behind, before what was kept of them."""
+        if kept is not None:
+            figures = {**kept.figures, **self._figures()}
+            return Outcome(self.point, kept.operations, kept.steps, self._seconds(), figures)
+        path, steps = self.folder / OPERATIONS, self._steps()
+        per_step = read_json(path).get("per_step")
+        if not isinstance(per_step, int):
+            raise UserError(f"{path}: says no operations per_step; {ANEW}")
         return Outcome(self.point, per_step * steps, steps, self._seconds(), self._figures())
 
-    def _figures(self) -> dict[str, float]:
-        from motionloom.cli.eval import EVALUATED
+    def _steps(self) -> int:
+        """Of the tokenizer's training, by its last checkpoint; by its recipe where that was deleted since."""
+        from motionloom.train import checkpoint
 
+        train = self.tokenizer.train
+        if _newest(self.tokenizer_run) is None and train.max_minutes is None:
+            return train.max_steps
+        return checkpoint.load(self.tokenizer_run, verify=False).step
+
+    def _figures(self) -> dict[str, float]:
+        """Of the judgements that are there."""
         found: dict[str, float] = {}
-        for kind in ("generation", "reconstruction"):
-            (report,) = _read_json(self.folder / kind / EVALUATED)["reports"]
+        for kind in reversed(JUDGED):
+            if not self._is_judged(kind):
+                continue
+            report = self._report(kind)
             found |= {f"{kind}/{one['name']}": float(one["mean"]) for one in report["figures"]}
             apart: list[dict[str, Any]] = report.get("distances") or []
             for one, which in zip(apart[:1] + apart[1:][-1:], ("", ", floor"), strict=False):
                 found |= {f"{kind}/FID{which}": one["fid"], f"{kind}/KID{which}": one["kid"]["mean"]}
         return found
+
+    def _report(self, kind: str) -> dict[str, Any]:
+        from motionloom.cli.eval import EVALUATED
+
+        path = self.folder / kind / EVALUATED
+        reports = read_json(path).get("reports")
+        if not (isinstance(reports, list) and len(reports) == 1 and isinstance(reports[0], dict)):
+            raise UserError(f"{path}: holds no report; {ANEW}")
+        report: dict[str, Any] = reports[0]
+        return report
 
 
 # Operations
@@ -428,34 +572,21 @@ def _few_clips(recipe: Recipe, manifest: Path, out: Path) -> Cache:
     return open_cache(out)
 
 
-# Files
+# Trainings
 
 
-def _began(run_dir: Path) -> bool:
+def _train(recipe_name: str, overrides: list[str], recipe: Recipe, cache: Path) -> None:
+    """Begin it, or go on from its last checkpoint; one that has come to its end stays as it is."""
+    from motionloom.cli import train
     from motionloom.train import checkpoint
 
-    return checkpoint.latest(run_dir) is not None
+    newest = _newest(Path(recipe.output_dir) / recipe.experiment_name)
+    if newest is not None and checkpoint.load(newest, verify=False).step >= recipe.train.max_steps:
+        return
+    train.run(recipe_name, overrides, cache, newest is not None, False)
 
 
-def _write_share(source: Path, share: float, target: Path) -> None:
-    """A part of a manifest's clips in order of a hash, so that less is a part of more."""
-    from motionloom.data.manifest import read_manifest, write_manifest
-    from motionloom.rng import key_to_seed
+def _newest(run_dir: Path) -> Path | None:
+    from motionloom.train import checkpoint
 
-    entries, _ = read_manifest(source)
-    ordered = sorted(entries, key=lambda entry: key_to_seed("share of clips", entry.id))
-    kept = {entry.id for entry in ordered[: max(1, round(share * len(ordered)))]}
-    write_manifest(target, [entry for entry in entries if entry.id in kept])
-
-
-def _digest(path: str) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12]
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    return found
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    write_atomic(path, json.dumps(value, indent=1).encode())
+    return checkpoint.latest(run_dir)

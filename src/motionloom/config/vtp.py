@@ -22,7 +22,7 @@ class VtpConfig(Section):
     # The model
     preset: Literal["S", "B", "L"] | None = Field(
         default=None,
-        description="A released size; then the keys from `patch` to `conv_kernel` are not read.",
+        description="A released size; the keys from `patch` to `context` then stay at their defaults.",
     )
     patch: Positive = Field(default=16, description="Pixels of a latent cell, both ways.")
     channels: Positive = Field(default=64, description="Of the latent.")
@@ -57,6 +57,9 @@ class VtpConfig(Section):
 
     # The three losses
     rec: Weight = Field(default=0.1, description="Weight of reconstruction.")
+    rec_start: NotNegative = Field(
+        default=0, description="Steps before which nothing is rebuilt: what captions say is learned first."
+    )
     l1: Weight = Field(default=1.0, description="Within it: of the mean absolute error of normalised pixels.")
     l2: Weight = Field(default=0.0, description="Within it: of the mean squared error.")
     perceptual: Weight = Field(default=1.0, description="Within it: of the distance that a network sees.")

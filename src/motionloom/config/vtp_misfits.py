@@ -11,6 +11,11 @@ if TYPE_CHECKING:
 
 JUDGED = 16
 """Fewest pixels of a side that the perceptual network takes."""
+PRESET_SAYS = (
+    *("patch", "channels", "width", "depth", "heads", "qk_norm", "decoder_width", "decoder_depth"),
+    *("decoder_heads", "text_width", "text_depth", "text_heads", "vocab_size", "context"),
+)
+"""Keys of what a released size has already."""
 
 
 def vtp_cautions(r: Recipe) -> Iterator[str]:
@@ -66,12 +71,27 @@ def vtp_misfits(r: Recipe) -> Iterator[str]:
     if not c.clip and (c.words or c.clip_near):
         name = "words" if c.words else "clip_near"
         yield f"vtp.{name} takes captions as vtp.clip reads them, which is 0: set vtp.{name} to 0 as well"
+    if c.ssl:
+        yield from _distilled(c)
+    if c.rec and not c.rec_share:
+        yield "vtp.rec_share is 0, and vtp.rec is not: raise it, or set vtp.rec to 0"
     if c.clip and not c.preset and c.vocab_size < 258:
         yield f"vtp.vocab_size {c.vocab_size} has no room for 256 bytes and two marks: use 512 or so"
     if c.clip and r.train.batch_size < 2:
         yield "vtp.clip tells a clip from others of its batch: set train.batch_size to 2 or more, or it to 0"
     if c.clip and c.context < 3:
         yield f"vtp.context {c.context} leaves a caption no word between its marks: set it to 3 or more"
+
+
+def _distilled(c: VtpConfig) -> Iterator[str]:
+    if c.prototypes < 2:
+        yield f"vtp.prototypes {c.prototypes} leaves nothing to sort by: set it to 2 or more, or vtp.ssl to 0"
+    if not c.ssl_share:
+        yield "vtp.ssl_share is 0, and vtp.ssl is not: raise it, or set vtp.ssl to 0"
+    for name in ("global_scale", "local_scale", "mask_ratio"):
+        low, high = getattr(c, name)
+        if low > high:
+            yield f"vtp.{name} goes from {low:g} down to {high:g}: put the smaller one first"
 
 
 def _judge(r: Recipe) -> Iterator[str]:
@@ -95,7 +115,7 @@ def _sizes(r: Recipe) -> Iterator[str]:
                     "vtp.perceptual to 0"
                 )
     lengths = r.bucketing.frames if r.bucketing.enabled and r.bucketing.frames else (r.video.num_frames,)
-    groups = 1 if c.preset else c.temporal_patch
+    groups = c.temporal_patch
     for frames in lengths:
         if (frames - 1) % groups:
             below = (frames - 1) // groups * groups + 1
@@ -109,8 +129,20 @@ def _sizes(r: Recipe) -> Iterator[str]:
                 yield f"vtp.{name} {size} is no multiple of vtp.patch {patch}: use {_near(size, patch)}"
         if c.ssl_frames and (c.ssl_frames - 1) % groups:
             yield f"vtp.ssl_frames {c.ssl_frames} is not one frame and groups of {groups}: use {1 + groups}"
-    if not c.preset:
+    if c.preset:
+        yield from _beside_preset(c)
+    else:
         yield from _widths(c)
+
+
+def _beside_preset(c: VtpConfig) -> Iterator[str]:
+    fields = type(c).model_fields
+    said = [f"vtp.{name}" for name in PRESET_SAYS if getattr(c, name) != fields[name].default]
+    if said:
+        yield (
+            f"vtp.preset {c.preset} has sizes of its own, so {', '.join(said)} would not be read: leave "
+            f"{'it' if len(said) == 1 else 'them'} out, or the preset"
+        )
 
 
 def _widths(c: VtpConfig) -> Iterator[str]:

@@ -1,10 +1,11 @@
 """What embeddings know: a linear probe, nearest neighbours, zero-shot classes, and retrieval by words.
 
 Nothing is chosen on the clips that are reported: the probe's learning rate and weight decay come from a part
-of the training clips. A tie between the right answer and another counts as wrong, so that embeddings which
-have collapsed to one point score nothing.
+of the training clips. A tie between the right answer and another counts as wrong, and so does an answer that
+nothing of the clip went into, so that embeddings which have collapsed to one point score nothing.
 
-N clips, D numbers of an embedding, K classes, G settings of the probe, T templates, U distinct captions.
+N clips (M of the test), D numbers of an embedding, K classes, G settings of the probe, T templates, U
+captions without those that stand twice.
 """
 
 from __future__ import annotations
@@ -34,7 +35,11 @@ STEPS, MOMENTUM = 300, 0.9
 HELD_BACK = 0.2
 """Share of each class's training clips on which the settings are chosen."""
 NEIGHBOURS, TEMPERATURE = 20, 0.07
+TOGETHER = 1024
+"""Test clips whose neighbours are looked for at once."""
 RANKS = (1, 5, 10)
+TIE = 1e-9
+"""Scores that are no further apart are one, whatever the order of sums."""
 
 Vectors = NDArray[np.floating[Any]]
 Whole = NDArray[np.int64]
@@ -99,11 +104,18 @@ class Answers:
         return float(np.mean(self.right))
 
 
-def _answers(said_N: Tensor, wanted_N: Tensor, names: Sequence[Hashable], details: dict[str, Any]) -> Answers:
-    commonest = Counter(wanted_N.tolist()).most_common(1)[0][1]
-    right = tuple((said_N == wanted_N).tolist())
-    share = commonest / len(wanted_N)
-    return Answers(tuple(said_N.tolist()), right, share, {"classes": len(names), **details})
+def _answers(
+    said_N: Tensor, right_N: Tensor, wanted_N: Tensor, names: Sequence[Hashable], details: dict[str, Any]
+) -> Answers:
+    share = Counter(wanted_N.tolist()).most_common(1)[0][1] / len(wanted_N)
+    told = {"classes": len(names), **details}
+    return Answers(tuple(said_N.tolist()), tuple(right_N.tolist()), share, told)
+
+
+def _beats_all(own_N: Tensor, score_NK: Tensor, wanted_N: Tensor) -> Tensor:
+    """(N,) whether ``own_N`` is above the scores of all classes but the wanted one."""
+    others_N = score_NK.scatter(1, wanted_N[:, None], -math.inf).amax(dim=1)
+    return own_N > others_N + TIE
 
 
 # Linear probe
@@ -132,7 +144,11 @@ def linear_probe(train: Labelled, test: Labelled) -> Answers:
     best = max(range(len(rates)), key=lambda g: (float(right_G[g]), -_number(loss_G[g])))
     scale = _Scale.of(x_ND)
     final = _fit(scale(x_ND), target_N, len(names), rates[best : best + 1], decays[best : best + 1])
-    said_N = final(scale(_checked(test.x_ND, "test clips")))[0].argmax(-1)
+    y_MD, wanted_M = scale(_checked(test.x_ND, "test clips")), _indices(test.labels, names)
+    logits_MK = final(y_MD)[0]
+    own_M = logits_MK.gather(1, wanted_M[:, None])[:, 0]
+    # Of a clip without any number that varies the bias alone would speak, which knows the commonest class.
+    right_M = _beats_all(own_M, logits_MK, wanted_M) & (y_MD != 0).any(dim=1)
     chosen = {
         "learning_rate": rates[best],
         "weight_decay": decays[best],
@@ -141,7 +157,7 @@ def linear_probe(train: Labelled, test: Labelled) -> Answers:
         "trained_on": len(x_ND),
         "numbers": x_ND.shape[1],
     }
-    return _answers(said_N, _indices(test.labels, names), names, chosen)
+    return _answers(logits_MK.argmax(-1), right_M, wanted_M, names, chosen)
 
 
 def _number(loss: Tensor) -> float:
@@ -211,6 +227,9 @@ def _fit(
 def knn(train: Labelled, test: Labelled, k: int = NEIGHBOURS, temperature: float = TEMPERATURE) -> Answers:
     """Each test clip's ``k`` nearest training clips by cosine vote with weight exp(cosine / temperature).
 
+    Where clips are as near as the last that votes and there is no place for all of them, whichever vote: an
+    answer is right only if it is right with those that speak against it most.
+
     Source: Wu et al., Unsupervised Feature Learning via Instance Discrimination (arXiv:1805.01978), 3.4.
 
     Raises:
@@ -220,16 +239,38 @@ def knn(train: Labelled, test: Labelled, k: int = NEIGHBOURS, temperature: float
     if len(train.labels) < k:
         raise UserError(f"--k {k}: there are only {len(train.labels)} training clips; say --k or give more")
     x_ND, y_MD = (
-        F.normalize(_checked(part.x_ND, what), dim=1)
+        F.normalize(_checked(part.x_ND, what).double(), dim=1)
         for part, what in ((train, "training clips"), (test, "test clips"))
     )
     target_N = _indices(train.labels, names)
-    near = (y_MD @ x_ND.T).topk(k, dim=1)
-    # Relative to the nearest, whose weight is then 1: exp(1 / 0.07) is more than half precision holds.
-    weight_Mk = ((near.values - near.values[:, :1]) / temperature).exp()
-    votes_MK = torch.zeros(len(y_MD), len(names)).scatter_add_(1, target_N[near.indices], weight_Mk)
+    wanted_M, kind_NK = _indices(test.labels, names), F.one_hot(target_N, len(names)).double()
+    said, right = [], []
+    for y_BD, wanted_B in zip(y_MD.split(TOGETHER), wanted_M.split(TOGETHER), strict=True):
+        least_BK, most_BK, apart_B = _votes(y_BD @ x_ND.T, kind_NK, k, temperature)
+        own_B = least_BK.gather(1, wanted_B[:, None])[:, 0]
+        said.append(most_BK.argmax(1))
+        right.append(_beats_all(own_B, most_BK, wanted_B) & apart_B)
     details = {"k": k, "temperature": temperature, "trained_on": len(x_ND), "numbers": x_ND.shape[1]}
-    return _answers(votes_MK.argmax(1), _indices(test.labels, names), names, details)
+    return _answers(torch.cat(said), torch.cat(right), wanted_M, names, details)
+
+
+def _votes(cosine_BN: Tensor, kind_NK: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, K) the least and the most votes that a class can have, whichever of the clips that are as near as
+    the last one vote; and (B,) whether training clips are not all equally near, in which case the votes would
+    only say how common each class is."""
+    near = cosine_BN.topk(k, dim=1).values
+    last_B1, best_B1 = near[:, -1:], near[:, :1]
+    # Relative to the nearest, whose weight is then 1: exp(1 / 0.07) is more than half precision holds.
+    sure_BN = cosine_BN > last_B1 + TIE
+    votes_BK = (((cosine_BN - best_B1) / temperature).exp() * sure_BN) @ kind_NK
+    last_weight_B1 = ((last_B1 - best_B1) / temperature).exp()
+    tied_BK = ((cosine_BN - last_B1).abs() <= TIE).double() @ kind_NK
+    places_B1 = k - sure_BN.sum(dim=1, keepdim=True)
+    # What is left of the places once all others that tie have taken theirs.
+    left_BK = (places_B1 - (tied_BK.sum(dim=1, keepdim=True) - tied_BK)).clamp_min(0)
+    least_BK = votes_BK + last_weight_B1 * left_BK
+    most_BK = votes_BK + last_weight_B1 * tied_BK.minimum(places_B1)
+    return least_BK, most_BK, cosine_BN.amax(dim=1) > cosine_BN.amin(dim=1) + TIE
 
 
 # Words
@@ -271,6 +312,24 @@ def zero_shot(x_ND: Vectors, classes_KD: Vectors, wanted: Sequence[int]) -> Answ
     return Answers(said, right, 1 / len(classes_KD), {"classes": len(classes_KD)})
 
 
+def zero_shot_part(
+    x_ND: Vectors, classes_KD: Vectors, wanted: Sequence[int], values: Sequence[Hashable]
+) -> tuple[bool, ...]:
+    """Of each clip whether the nearest of the classes that share a part with its own (say, the colour) is
+    nearer than all that do not.
+
+    Args:
+        values: that part of each class.
+    """
+    score_NK = _cosines(x_ND, classes_KD)
+    place = {value: n for n, value in enumerate(dict.fromkeys(values))}
+    part_K = torch.tensor([place[value] for value in values])
+    same_NK = part_K[torch.tensor(list(wanted))][:, None] == part_K
+    own_N = score_NK.masked_fill(~same_NK, -math.inf).amax(dim=1)
+    others_N = score_NK.masked_fill(same_NK, -math.inf).amax(dim=1)
+    return tuple((own_N > others_N + TIE).tolist())
+
+
 def _cosines(x_ND: Vectors, y_KD: Vectors) -> Tensor:
     """(N, K), in float64: equal vectors then tie, whatever the order of sums."""
     x, y = _checked(x_ND, "clips").double(), _checked(y_KD, "texts").double()
@@ -280,7 +339,7 @@ def _cosines(x_ND: Vectors, y_KD: Vectors) -> Tensor:
 def _rank(score_NK: Tensor, wanted_N: Tensor) -> Tensor:
     """(N,) how many others score as high as the wanted one or higher."""
     own_N1 = score_NK.gather(1, wanted_N[:, None])
-    return (score_NK >= own_N1 - 1e-9).sum(dim=1) - 1
+    return (score_NK >= own_N1 - TIE).sum(dim=1) - 1
 
 
 @dataclass(frozen=True)
@@ -313,7 +372,7 @@ def retrieval(x_ND: Vectors, texts_UD: Vectors, owner: Sequence[int]) -> tuple[F
     mine_NU = F.one_hot(owner_N, len(texts_UD)).bool()
     best_U = score_NU.masked_fill(~mine_NU, -math.inf).amax(dim=0)
     # Clips of other captions that score as high as the best of its own.
-    to_clip = ((score_NU >= best_U - 1e-9) & ~mine_NU).sum(dim=0)
+    to_clip = ((score_NU >= best_U - TIE) & ~mine_NU).sum(dim=0)
     return (
         _found(to_text, _chance(len(texts_UD), [1])),
         _found(to_clip, _chance(len(x_ND), mine_NU.sum(dim=0).tolist())),

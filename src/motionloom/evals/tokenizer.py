@@ -9,9 +9,10 @@ numbers of an embedding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import product
 from typing import Any, Protocol
 
@@ -35,6 +36,8 @@ from motionloom.tokenizers.vtp.words import Words
 Row = dict[str, float | None]
 Advance = Callable[[int, int], object]
 
+DISTANCES = "rFID and KID"
+"""What is told of frames' sets, where it has to be left out."""
 MOST_SHOWN = 24
 FRAMES_PER_CLIP = 4
 """Frames of a clip that features are taken of: its neighbours say little more, and cost as much."""
@@ -60,10 +63,15 @@ class Tools:
 
 @dataclass
 class Rebuilt:
-    """What reconstruction gave: the report, and the first clips with what came back of them."""
+    """What reconstruction gave: the report, and the first clips with what came back of them.
+
+    ``shapes``: (P, H, W) of the judged clips, counted. ``left_out``: why a figure is not told, or not of all.
+    """
 
     report: Report
     shown: list[tuple[Seen, Video]] = field(default_factory=list)
+    shapes: Counter[tuple[int, int, int]] = field(default_factory=Counter)
+    left_out: dict[str, str] = field(default_factory=dict)
 
 
 def judge_reconstruction(
@@ -77,16 +85,22 @@ def judge_reconstruction(
     rows: list[Row] = []
     names: list[str] = []
     shown: list[tuple[Seen, Video]] = []
+    shapes: Counter[tuple[int, int, int]] = Counter()
+    misses: dict[str, list[str]] = {}
     features: tuple[list[frechet.Features], list[frechet.Features]] = ([], [])
     for seen, made_PHW3 in _rebuilt(tokenizer, clips, shape, tools.batch):
         try:
-            row = _fidelity(seen, made_PHW3, tools)
+            row, missed = _fidelity(seen, made_PHW3, tools)
         except UserError as error:
             what, _, fix = str(error).partition("; ")
             clips.refuse(seen.entry, what, fix, "cannot be compared")
             continue
         rows.append(row)
         names.append(seen.entry.id)
+        frames, height, width = seen.video_PHW3.shape[:3]
+        shapes[frames, height, width] += 1
+        for name, why in missed.items():
+            misses.setdefault(name, []).append(why)
         if tools.extractor is not None:
             for side, video in zip(features, (made_PHW3, seen.video_PHW3), strict=True):
                 side.append(tools.extractor.features(evenly(video, tools.frames)))
@@ -94,11 +108,15 @@ def judge_reconstruction(
             shown.append((seen, made_PHW3))
         advance(len(rows), len(clips.entries))
     clips.require(rows)
-    details = {} if tools.extractor is None else distances(tools.extractor, *features, tools.frames)
+    left_out = {name: f"{why[0]} ({len(why)} of {len(rows)} clips)" for name, why in misses.items()}
+    try:
+        details = {} if tools.extractor is None else distances(tools.extractor, *features, tools.frames)
+    except UserError as error:
+        details, left_out[DISTANCES] = {}, str(error)
     eyes = {"": "pixels", "lpips": tools.perceive[0] if tools.perceive else ""}
     eyes |= {name: "oracle" for row in rows for name in row if name.startswith("oracle")}
     report = summarise("reconstruction", fidelity.PROTOCOL, names, rows, eyes, details=details)
-    return Rebuilt(report, shown)
+    return Rebuilt(report, shown, shapes, left_out)
 
 
 def _rebuilt(tokenizer: Tokenizer, clips: Set, shape: Shape, batch: int) -> Iterable[tuple[Seen, Video]]:
@@ -117,20 +135,27 @@ def _rebuilt(tokenizer: Tokenizer, clips: Set, shape: Shape, batch: int) -> Iter
                 clips.refuse(seen.entry, what, fix, "not finite")
 
 
-def _fidelity(seen: Seen, made_PHW3: Video, tools: Tools) -> Row:
+def _fidelity(seen: Seen, made_PHW3: Video, tools: Tools) -> tuple[Row, dict[str, str]]:
+    """The figures of a clip; and of those that it is too small for, why."""
     real_PHW3 = seen.video_PHW3
-    row: Row = {
-        "psnr (dB)": fidelity.psnr(made_PHW3, real_PHW3),
-        "ssim": fidelity.ssim(made_PHW3, real_PHW3),
-        "flicker (levels)": fidelity.flicker(made_PHW3, real_PHW3),
+    row: Row = {"psnr (dB)": fidelity.psnr(made_PHW3, real_PHW3)}
+    asked: dict[str, Callable[[], float | None]] = {
+        "ssim": lambda: fidelity.ssim(made_PHW3, real_PHW3),
+        "flicker (levels)": lambda: fidelity.flicker(made_PHW3, real_PHW3),
     }
     if tools.perceive is not None:
         made, real = (evenly(video, tools.frames) for video in (made_PHW3, real_PHW3))
-        row["lpips"] = fidelity.lpips(made, real, tools.perceive[1])
+        asked["lpips"] = partial(fidelity.lpips, made, real, tools.perceive[1])
+    missed: dict[str, str] = {}
+    for name, figure in asked.items():
+        try:
+            row[name] = figure()
+        except UserError as error:
+            missed[name] = str(error)
     if tools.world is not None and (facts := seen.facts) is not None:
         row |= read_back(made_PHW3, facts, tools.world)
         row |= read_back(real_PHW3, facts, tools.world, ", originals")
-    return row
+    return row, missed
 
 
 def read_back(video_PHW3: Video, facts: Facts, world: World, where: str = "") -> Row:
@@ -190,6 +215,18 @@ class TokenizerViews:
         self._tokenizer, self._cells = tokenizer, cells
         self._vtp = tokenizer if isinstance(tokenizer, VtpTokenizer) else None
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the views that :meth:`clips` gives."""
+        found = ("latent", *(["latent cells"] if self._cells else []))
+        if self._vtp is None:
+            return found
+        return (*found, "cls", "patch", *(["clip"] if self._vtp.model.config.train_clip else []))
+
+    def require(self, view: str) -> None:
+        """Raises UserError where the tokenizer has no such view; needs no clip for it."""
+        _require_view(view, self.names, self.name)
+
     @torch.no_grad()
     def clips(self, video_BPHW3: Tensor) -> dict[str, Tensor]:
         latents_BFhwC = self._tokenizer.encode(video_BPHW3).float().cpu()
@@ -228,12 +265,16 @@ class Embedded:
 
     def view(self, name: str, embedder: Embedder) -> NDArray[np.float32]:
         """Raises UserError where the tokenizer has no such view."""
-        if name not in self.views:
-            raise UserError(
-                f"{embedder.name}: has no view {name}, only {', '.join(self.views)}; name one of them, or a "
-                "VTP model that reads texts"
-            )
+        _require_view(name, self.views, embedder.name)
         return self.views[name]
+
+
+def _require_view(view: str, views: Collection[str], embedder: str) -> None:
+    if view not in views:
+        raise UserError(
+            f"{embedder}: has no view {view}, only {', '.join(views)}; name one of them, or a VTP model that "
+            "reads texts"
+        )
 
 
 def embed(
@@ -401,7 +442,7 @@ def manifest_classes(clips: Set, name: str, templates: Sequence[str] = ()) -> Cl
     clips.require(clips.entries)
     names = sorted(set(said.values()))
     usual = MANIFEST_TEMPLATES if name else ("{}",)
-    wordings = [[template.format(one) for template in templates or usual] for one in names]
+    wordings = [[template.replace("{}", one) for template in templates or usual] for one in names]
     return Classes(names, wordings, {id: names.index(one) for id, one in said.items()})
 
 
@@ -413,15 +454,18 @@ def judge_zero_shot(embedder: Embedder, found: Embedded, classes: Classes) -> Re
     """
     known_KD = probes.class_embeddings(classes.wordings, embedder.texts)
     wanted = [classes.of_clip[seen.entry.id] for seen in found.clips]
-    answers = probes.zero_shot(found.view("clip", embedder), known_KD, wanted)
+    x_ND = found.view("clip", embedder)
+    answers = probes.zero_shot(x_ND, known_KD, wanted)
+    parts = {
+        part: probes.zero_shot_part(x_ND, known_KD, wanted, values) for part, values in classes.parts.items()
+    }
     rows: list[Row] = []
-    for said, right, own in zip(answers.said, answers.right, wanted, strict=True):
+    for n, (right, own) in enumerate(zip(answers.right, wanted, strict=True)):
         row: Row = {"top-1": float(right)}
         if classes.held_out:
             split = "held-out" if own in classes.held_out else "training"
             row[f"top-1, {split} combinations"] = float(right)
-        row |= {part: float(values[said] == values[own]) for part, values in classes.parts.items()}
-        rows.append(row)
+        rows.append(row | {part: float(told[n]) for part, told in parts.items()})
     details = {
         "chance": {"top-1": answers.chance},
         "classes": len(classes.names),

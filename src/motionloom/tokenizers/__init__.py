@@ -252,7 +252,7 @@ def _noted(note: Path) -> dict[str, Any]:
     """The content of a ``tokenizer.json``, an object with a word for its type."""
     try:
         settings = json.loads(note.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{note}: not a tokenizer's ({error}): fit or copy it again") from None
     if not isinstance(settings, dict) or not isinstance(settings.get("type"), str):
         raise UserError(f"{note}: not a tokenizer's (it has no type): fit or copy it again")

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 
 DAMAGE = (
@@ -24,6 +25,7 @@ DAMAGE = (
     ValueError,
 )
 """What a model's class raises where a value of its config is of a wrong kind: it does not look at them."""
+_LARGEST = torch.finfo(torch.float32).max
 
 
 def one_line(error: Exception) -> str:
@@ -52,6 +54,13 @@ def require_numbers(values: Any, name: str) -> None:
     """Every one of the values is a number."""
     if not isinstance(values, list | tuple) or not all(type(value) in (int, float) for value in values):
         raise ValueError(f"{name} is {values!r}, not a list of numbers")
+    if any(type(value) is int and not fits(value) for value in values):
+        raise ValueError(f"a number of {name} is too large")
+
+
+def fits(value: float) -> bool:
+    """Whether float32 has room for a number: JSON sets no end to whole ones, and torch raises."""
+    return -_LARGEST <= value <= _LARGEST
 
 
 def require_factor(value: Any, name: str) -> None:

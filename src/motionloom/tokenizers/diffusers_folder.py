@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
-import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from motionloom.durable import whole_file, write_atomic
 from motionloom.errors import UserError
 from motionloom.tokenizers.checks import DAMAGE, one_line
 
@@ -33,7 +33,7 @@ def class_named_in(folder: Path) -> str | None:
         return None
     try:
         return str(json.loads(file.read_text())["_class_name"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{file}: not a diffusers config ({error!r}): copy the folder again") from None
 
 
@@ -76,24 +76,19 @@ def load(folder: Path, names: Mapping[str, str], dtype: torch.dtype) -> nn.Modul
     return model.eval().requires_grad_(False)
 
 
-def save(model: Any, folder: Path, same: Path | None = None) -> None:
+def save(model: Any, folder: Path) -> None:
     """Write a model so that diffusers and :func:`load` read it; equal models give equal bytes.
 
-    Args:
-        same: a folder that this function wrote for an equal model. Where the file system can, its weights are
-            linked instead of written again: checkpoints of a run then share one file.
+    Both files are new ones, whatever stood there: nothing that shares a file with the folder changes with it.
+
+    Raises:
+        UserError: the place cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     config = {"_class_name": type(model).__name__, **_plain_config(model)}
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    if same is not None:
-        try:
-            os.link(same / WEIGHTS, folder / WEIGHTS)
-            return
-        except OSError:
-            pass  # gone, or on another disk: written anew below
+    write_atomic(folder / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
     tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    with whole_file(folder / WEIGHTS) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
 
 
 def digest(*models: Any, extra: Mapping[str, Any]) -> str:

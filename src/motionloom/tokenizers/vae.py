@@ -100,8 +100,6 @@ class VaeTokenizer:
         settings.check(self.spec)
         self._vae = vae
         self._fingerprint = ""
-        self._saved: Path | None = None
-        """A folder with these weights that :meth:`save` wrote, and that nobody but us writes to."""
 
     @staticmethod
     def open(kind: VaeKind, folder: Path, settings: VaeSettings) -> VaeTokenizer:
@@ -128,9 +126,7 @@ class VaeTokenizer:
         """
         note = str(folder / "tokenizer.json")
         known = from_entries(VaeSettings, settings, note, kind.name, zero=("tile", "tile_overlap"))
-        tokenizer = VaeTokenizer.open(kind, folder, known)
-        tokenizer._saved = folder if (folder / "tokenizer.json").is_file() else None
-        return tokenizer
+        return VaeTokenizer.open(kind, folder, known)
 
     @property
     def device(self) -> torch.device:
@@ -193,9 +189,8 @@ class VaeTokenizer:
         return self._fingerprint
 
     def save(self, folder: Path) -> None:
-        """A diffusers folder, and ``tokenizer.json`` with the settings. Weights that were loaded
-        from such a folder are shared with it: a run's checkpoints hold one file together."""
-        diffusers_folder.save(self._vae, folder, self._saved)
+        """A diffusers folder, and ``tokenizer.json`` with the settings."""
+        diffusers_folder.save(self._vae, folder)
         settings = {"type": self.kind.name, **asdict(self.settings)}
         (folder / "tokenizer.json").write_text(json.dumps(settings, indent=1))
 

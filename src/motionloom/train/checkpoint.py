@@ -17,6 +17,7 @@ knows nothing of the number of ranks.
 from __future__ import annotations
 
 import errno
+import filecmp
 import hashlib
 import json
 import os
@@ -102,7 +103,7 @@ def save(run_dir: Path, contents: Contents) -> Path:
             raise FileExistsError(errno.EEXIST, "it is there already: move it away")
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
-        _write(unfinished, contents)
+        _write(unfinished, contents, checkpoints(run_dir))
         os.rename(unfinished, final)
         flush(final.parent)
     except (OSError, UserError) as error:
@@ -125,7 +126,7 @@ def purge(run_dir: Path, keep: int) -> list[str]:
     return complaints
 
 
-def _write(folder: Path, contents: Contents) -> None:
+def _write(folder: Path, contents: Contents, older: list[Path]) -> None:
     (folder / "recipe.yaml").write_text(contents.recipe, encoding="utf-8")
     (folder / "state.json").write_text(json.dumps(contents.state, indent=1) + "\n", encoding="utf-8")
     for name, tensors in contents.tensors.items():
@@ -133,6 +134,8 @@ def _write(folder: Path, contents: Contents) -> None:
     for name, thing in contents.folders.items():
         (folder / name).mkdir()
         thing.save(folder / name)
+        for file in sorted(p for p in (folder / name).rglob("*") if p.is_file()):
+            _share(file, [one / file.relative_to(folder) for one in older])
     files = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         flush(path)
@@ -144,6 +147,26 @@ def _write(folder: Path, contents: Contents) -> None:
     flush(manifest)
     for directory in (*(p for p in folder.rglob("*") if p.is_dir()), folder):
         flush(directory)
+
+
+def _share(file: Path, older: list[Path]) -> None:
+    """Let ``file`` be the one that older checkpoints of the run have, where it says the same: a tokenizer's
+    weights take room once.
+
+    Never where it has a name outside of them: what a run saved must not change with anybody else's folder.
+    """
+    older = [one for one in older if one.is_file()]
+    if not older:
+        return
+    names = sum(one.samefile(older[-1]) for one in older)
+    if older[-1].stat().st_nlink != names or not filecmp.cmp(older[-1], file, shallow=False):
+        return
+    link = file.with_name(f".{file.name}.link")
+    try:
+        os.link(older[-1], link)
+    except OSError:
+        return  # a disk without links
+    os.replace(link, file)
 
 
 def _sha256(path: Path) -> str:

@@ -107,10 +107,36 @@ def _found(
         if (out / f".{name}.new").exists():
             (out / f".{name}.new").rename(out / name)
     if tokenizer is None and identity.tokenizer:
-        tokenizer = load_tokenizer(out / TOKENIZER)
+        tokenizer = cached_tokenizer(out, identity)
     if audio is None and identity.audio_tokenizer:
-        audio = load_audio_tokenizer(out / AUDIO_TOKENIZER)
+        audio = cached_audio_tokenizer(out, identity)
     return Makers(tokenizer, audio)
+
+
+def cached_tokenizer(folder: Path, identity: Identity) -> Tokenizer:
+    """The tokenizer in a cache, which is the one that made its latents.
+
+    Raises:
+        UserError: it is missing or damaged, or another one has come in its place.
+    """
+    tokenizer = load_tokenizer(folder / TOKENIZER)
+    _require_same(folder / TOKENIZER, tokenizer.fingerprint(), identity.tokenizer)
+    return tokenizer
+
+
+def cached_audio_tokenizer(folder: Path, identity: Identity) -> AudioTokenizer:
+    """The same of sound."""
+    tokenizer = load_audio_tokenizer(folder / AUDIO_TOKENIZER)
+    _require_same(folder / AUDIO_TOKENIZER, tokenizer.fingerprint(), identity.audio_tokenizer)
+    return tokenizer
+
+
+def _require_same(place: Path, found: str, cached: str) -> None:
+    if found != cached:
+        raise UserError(
+            f"{place}: is {found[:12]} and the cache's latents were made by {cached[:12]}: its files were "
+            "changed since; restore them, or cache the clips anew"
+        )
 
 
 def _new_tokenizer(recipe: Recipe, entries: Sequence[ManifestEntry], on_progress: Progress) -> Tokenizer:

@@ -22,13 +22,13 @@ from torch import Tensor
 from motionloom.config.recipe import Recipe
 from motionloom.data.buckets import Bucket
 from motionloom.data.cache.identity import Identity, mismatches
-from motionloom.data.cache.makers import AUDIO_TOKENIZER, TOKENIZER
+from motionloom.data.cache.makers import cached_audio_tokenizer, cached_tokenizer
 from motionloom.data.cache.pairs_note import PairsNote
 from motionloom.data.cache.tables import CLIPS, TEXT, Blobs, hold_open, open_table, read_table
 from motionloom.data.cache.text import TextTable
 from motionloom.errors import UserError
 from motionloom.rng import numpy_rng
-from motionloom.tokenizers import AudioTokenizer, Tokenizer, load_audio_tokenizer, load_tokenizer
+from motionloom.tokenizers import AudioTokenizer, Tokenizer
 from motionloom.tokenizers.scenes import decode_scenes
 
 _COLUMNS = ("id", "clip", "crop", "bucket", "captions", "wordings", "scene_frames", "source", "stamp")
@@ -264,10 +264,10 @@ class Cache:
         return found
 
     def audio_tokenizer(self) -> AudioTokenizer:
-        """The tokenizer that made the sound's latents. Raises `UserError` in a cache without sound."""
+        """The tokenizer that made the sound's latents. Raises `UserError` as :meth:`tokenizer`."""
         if self.identity.audio_spec is None:
             raise UserError(f"{self.path}: holds no sound; make it again with audio.enabled=true")
-        return load_audio_tokenizer(self.path / AUDIO_TOKENIZER)
+        return cached_audio_tokenizer(self.path, self.identity)
 
     @property
     def _sound_channels(self) -> int:
@@ -284,10 +284,13 @@ class Cache:
         return None if dataset is None else TextTable(dataset)
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that made the latents. Raises `UserError` in a cache of sound alone."""
+        """The tokenizer that made the latents.
+
+        Raises `UserError` in a cache of sound alone, or where another tokenizer has come in its place.
+        """
         if not self.has_video:
             raise UserError(f"{self.path}: holds sound alone, and no tokenizer of pixels")
-        return load_tokenizer(self.path / TOKENIZER)
+        return cached_tokenizer(self.path, self.identity)
 
     def mismatches(self, recipe: Recipe) -> list[str]:
         """Where the recipe would make another cache, one phrase per key; empty when this is its cache.

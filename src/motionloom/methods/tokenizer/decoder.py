@@ -74,7 +74,7 @@ class FinetuneDecoder:
         """As :class:`~motionloom.train.method.Method`. Held out, the figure is the reconstruction's."""
         real_BP3HW = frames(batch)
         with torch.no_grad():
-            z = self._model.encode(real_BP3HW)
+            z = self._model.latents(self._model.trunk(real_BP3HW))
         if context.turn == "discriminator" and context.phase == "train":
             with torch.no_grad():
                 made_BP3HW = self._model.pixel_decoder(z)

@@ -133,7 +133,9 @@ class Pretrain:
         # Where both losses would have the same features of a clip, it is encoded once.
         once = contrasted and not c.rec_drop and not c.clip_drop and self._chunks(x_BP3HW) == 1
         seen = self._model.trunk(x_BP3HW) if once else None
-        if self._reconstruction is not None:
+        if self._reconstruction is not None and context.step < c.rec_start:
+            loss_B = loss_B + self._resting()
+        elif self._reconstruction is not None:
             part_B, found = self._rebuilt(self._reconstruction, batch, x_BP3HW, seen, context)
             loss_B, logs = loss_B + c.rec * part_B, logs | found
         if contrasted:
@@ -147,6 +149,12 @@ class Pretrain:
 
     def _chunks(self, x_BP3HW: Tensor) -> int:
         return -(-len(x_BP3HW) // (self._config.clip_chunk or len(x_BP3HW)))
+
+    def _resting(self) -> Tensor:
+        """0, with a gradient for what reconstruction alone trains: data parallelism waits for one."""
+        parts = (self._model.pixel_decoder, self._model.trunk.feature_bottleneck)
+        found = [0.0 * parameter.sum() for part in parts for parameter in part.parameters()]
+        return torch.stack(found).sum()
 
     def _rebuilt(
         self,

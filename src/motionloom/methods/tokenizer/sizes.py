@@ -26,6 +26,9 @@ def model_config(c: VtpConfig, side: int, words: int, *, rebuilt: bool) -> VTPCo
             train_clip=c.clip > 0,
             train_reconstruction=rebuilt,
             text_vocab_size=words,
+            temporal_patch=c.temporal_patch,
+            temporal_window=c.temporal_window,
+            conv_kernel=c.conv_kernel,
             init_logit_scale=scale,
             init_logit_bias=bias,
         )

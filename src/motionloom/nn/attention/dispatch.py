@@ -186,6 +186,7 @@ def _attend(
     if "/" in way:
         kind, kernel = _kernel(way, q)
         out, lse = merge.forward(plan, kind, kernel, q, k, v)
+        out, lse = _in_row(out), _in_row(lse)  # a single run of keys is handed back as its kernel lays it out
     else:
         out.copy_(run(plan, way, q, k, v))
     return out, lse, torch.tensor(_WAYS.index(way))
@@ -249,8 +250,12 @@ def _empty(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _in_rows(*tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in tensors)
+    dq, dk, dv = (_in_row(t) for t in tensors)
     return dq, dk, dv
+
+
+def _in_row(t: Tensor) -> Tensor:
+    return t.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 @register_flop_formula(torch.ops.motionloom.attend, get_raw=True)

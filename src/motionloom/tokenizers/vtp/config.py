@@ -7,16 +7,17 @@ The released layout is kept key by key, so that a folder written here is read th
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from motionloom.errors import UserError
-from motionloom.tokenizers.checks import require_counts, require_factor, require_truths
+from motionloom.tokenizers.checks import fits, require_counts, require_factor, require_truths
 
 CLIP_VOCAB = 49408
 """Words of CLIP's byte-pair vocabulary, the two marks for beginning and end included."""
+LARGEST = 2**31 - 1
+"""Of a config's whole numbers: what torch counts the sides of a tensor by."""
 
 _FOREIGN = {
     "_name_or_path",
@@ -102,6 +103,8 @@ class VTPConfig:
     def __post_init__(self) -> None:
         try:
             self._check()
+        except OverflowError:
+            raise UserError("VTP config: a number is too large for any model: correct the config") from None
         except (TypeError, ValueError) as error:
             raise UserError(f"VTP config: {error}: correct the config") from None
 
@@ -113,6 +116,9 @@ class VTPConfig:
             "temporal_patch",
         )
         require_counts(**{name: getattr(self, name) for name in counts})
+        for name in counts:
+            if getattr(self, name) > LARGEST:
+                raise ValueError(f"{name} is too large for any model")
         require_truths(asdict(self), *(f.name for f in fields(self) if f.type == "bool"))
         for tower in ("vision", "decoder"):
             width, heads = getattr(self, f"{tower}_embed_dim"), getattr(self, f"{tower}_num_heads")
@@ -124,7 +130,7 @@ class VTPConfig:
             )
         if self.temporal_patch not in (1, 2, 4):
             raise ValueError(f"temporal_patch is {self.temporal_patch!r}, none of 1, 2, 4")
-        if type(self.temporal_window) is not int or self.temporal_window < 0:
+        if type(self.temporal_window) is not int or not 0 <= self.temporal_window < LARGEST:
             raise ValueError(f"temporal_window is {self.temporal_window!r}, not a whole number from 0")
         if self.conv_kernel not in (0, 3, 5, 7):
             raise ValueError(f"conv_kernel is {self.conv_kernel!r}, none of 0, 3, 5, 7")
@@ -134,12 +140,14 @@ class VTPConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; this version has {said}")
         for name in ("vision_mlp_ratio", "text_mlp_ratio"):
             require_factor(getattr(self, name), name)
+        if max(self.swiglu_hidden, int(self.text_embed_dim * self.text_mlp_ratio)) > LARGEST:
+            raise ValueError("a feed-forward layer is too wide for any model: lower its mlp_ratio")
         if min(self.swiglu_hidden, int(self.text_embed_dim * self.text_mlp_ratio)) < 1:
             raise ValueError("a feed-forward layer has no inner width: raise its mlp_ratio")
         for name in ("vision_init_values", "decoder_init_values", "init_logit_scale", "init_logit_bias"):
             value = getattr(self, name)
-            if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
-                raise ValueError(f"{name} is {value!r}, not a number")
+            if value is not None and (type(value) not in (int, float) or not fits(value)):
+                raise ValueError(f"{name} is {str(value)[:40]!r}, not a number that float32 holds")
 
     @property
     def swiglu_hidden(self) -> int:
@@ -159,7 +167,7 @@ class VTPConfig:
         """Whether a folder's ``config.json`` says that it is a VTP model's."""
         try:
             said = json.loads((folder / "config.json").read_text())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return False
         return isinstance(said, dict) and said.get("model_type") == "vtp"
 
@@ -172,7 +180,7 @@ class VTPConfig:
         """
         try:
             said = json.loads(file.read_text())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{file}: not readable ({error}): name a VTP folder, or copy it again") from None
         if not isinstance(said, dict) or said.get("model_type") != "vtp":
             kind = said.get("model_type") if isinstance(said, dict) else None

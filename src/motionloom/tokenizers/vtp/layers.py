@@ -122,7 +122,7 @@ class LayerScale(nn.Module):
     def __init__(self, width: int, start: float) -> None:
         super().__init__()
         self.start = start
-        self.gamma = nn.Parameter(torch.full((width,), start))
+        self.gamma = nn.Parameter(torch.full((width,), float(start)))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., D) -> (..., D)."""
@@ -167,7 +167,7 @@ class Neighbours(nn.Module):
 
     def init_start(self) -> None:
         """What it adds is 0, so that a model starts as the one without it."""
-        fill(0.0, self.conv.weight, self.conv.bias)
+        fill(0.0, *self.conv.parameters())
 
     def forward(self, x_BFND: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, F, N, D) -> what it adds; the last h w tokens of N are the patches of ``grid``."""

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from motionloom.errors import UserError
 from motionloom.nn.init import fill
 from motionloom.rng import torch_generator
 from motionloom.tokenizers.vtp.config import VTPConfig
@@ -56,10 +57,9 @@ class VTPModel(nn.Module):
             self.ln_final = nn.LayerNorm(width)
             self.text_projection = nn.Parameter(torch.zeros(width, width))
             start = START_SCALE if config.init_logit_scale is None else config.init_logit_scale
+            bias = config.init_logit_bias
             self.logit_scale = nn.Parameter(torch.tensor(start, dtype=torch.float32))
-            self.logit_bias = (
-                None if config.init_logit_bias is None else nn.Parameter(torch.tensor(config.init_logit_bias))
-            )
+            self.logit_bias = None if bias is None else nn.Parameter(torch.tensor(bias, dtype=torch.float32))
 
     # Files
 
@@ -116,8 +116,9 @@ class VTPModel(nn.Module):
         """Normalised pixels -> raw latents (B, F, h, w, C).
 
         Raises:
-            UserError: sides or frames that do not divide.
+            UserError: sides or frames that do not divide, or pixels that are not finite.
         """
+        _require_pixels(x_BP3HW, "clip")
         return self.latents(self.trunk(x_BP3HW))
 
     def latents(self, features: Features) -> Tensor:
@@ -141,23 +142,31 @@ class VTPModel(nn.Module):
         end_B = tokens_BL.argmax(dim=-1)
         return x[torch.arange(len(x), device=x.device), end_B] @ self.text_projection
 
-    # The released models' own names, for images (B, 3, H, W) normalised by MEAN and STD
+    # The released models' own names, for images (B, 3, H, W) normalised by MEAN and STD. All raise UserError
+    # for images and tokens that are none, and for towers that the model has not.
 
     def get_reconstruction_latents(self, image: Tensor) -> Tensor:
         """Raw latents (B, C, h, w)."""
-        return self.encode(image[:, None])[:, 0].movedim(-1, 1)
+        _require_pixels(image, "image")
+        return self.latents(self.trunk(image[:, None]))[:, 0].movedim(-1, 1)
 
     def get_latents_decoded_images(self, latents: Tensor) -> Tensor:
         """Raw latents (B, C, h, w) -> normalised pixels (B, 3, H, W), not clamped."""
+        if not self.config.train_reconstruction:
+            raise UserError("this VTP model has no decoder (train_reconstruction is false): name another")
         return self.pixel_decoder(latents.movedim(1, -1)[:, None])[:, 0]
 
     def get_clip_image_feature(self, image: Tensor, normalize: bool = True) -> Tensor:
         """(B, E)."""
+        self._require_texts()
+        _require_pixels(image, "image")
         found = self.clip_image(self.trunk(image[:, None]))
         return F.normalize(found, dim=-1) if normalize else found
 
     def get_clip_text_feature(self, text: Tensor, normalize: bool = True) -> Tensor:
-        """Tokens (B, L) -> (B, E)."""
+        """Tokens (B, L), of at most ``text_context_length`` places, -> (B, E)."""
+        self._require_texts()
+        _require_tokens(text, self.config)
         found = self.clip_text(text)
         return F.normalize(found, dim=-1) if normalize else found
 
@@ -171,6 +180,7 @@ class VTPModel(nn.Module):
 
     def get_last_layer_feature(self, image: Tensor, use_bottleneck: bool = False) -> dict[str, Tensor]:
         """``cls_token`` (B, D) and ``patch_tokens`` (B, N, D); of C numbers with the bottleneck."""
+        _require_pixels(image, "image")
         found = self.trunk(image[:, None])
         cls, patches = found.cls_BFD[:, 0], found.patches_BFND[:, 0]
         if use_bottleneck:
@@ -189,7 +199,12 @@ class VTPModel(nn.Module):
 
         With their class tokens beside them where asked for. The last block stands last."""
         depth = self.config.vision_depth
+        if isinstance(n, int) and not 1 <= n <= depth:
+            raise UserError(f"n is {n} and the encoder has {depth} blocks: ask for the last 1 to {depth}")
         wanted = list(range(depth - n, depth)) if isinstance(n, int) else list(n)
+        if strange := [index for index in wanted if index not in range(depth)]:
+            raise UserError(f"n names block {strange[0]!r} and the encoder has 0 to {depth - 1}: name those")
+        _require_pixels(image, "image")
         behind = self.trunk.intermediate(image[:, None], depth, norm)
         found: list[tuple[Tensor, Tensor]] = []
         for index in wanted:
@@ -207,7 +222,10 @@ class VTPModel(nn.Module):
     ) -> dict[str, Tensor]:
         """The released models' three ways: ``clip`` both features, normalised, and the logit scale; ``rec``
         latents, reconstruction and target; ``feature`` the tokens behind the bottleneck."""
+        if forward_type not in ("clip", "rec", "feature"):
+            raise UserError(f"forward_type is {forward_type!r}: it is clip, rec or feature")
         if forward_type == "clip":
+            self._require_texts()
             found = {"logit_scale": self.logit_scale.exp()}
             if self.logit_bias is not None:
                 found["logit_bias"] = self.logit_bias
@@ -216,9 +234,52 @@ class VTPModel(nn.Module):
             if text is not None:
                 found["text_features"] = self.get_clip_text_feature(text)
             return found
-        assert image is not None
+        if image is None:
+            raise UserError(f"forward_type {forward_type} is of an image, and none is given: give one")
         if forward_type == "feature":
             return self.get_last_layer_feature(image, use_bottleneck=True)
         latents = self.get_reconstruction_latents(image)
         made = self.get_latents_decoded_images(latents)
         return {"latents": latents, "reconstructed_image": made, "target_image": image}
+
+    def _require_texts(self) -> None:
+        if not self.config.train_clip:
+            raise UserError("this VTP model reads no texts (train_clip is false): name one that does")
+
+
+def _require_pixels(x: Tensor, what: str) -> None:
+    """Raises UserError for what are no images (B, 3, H, W), or clips (B, P, 3, H, W), of finite numbers.
+
+    It waits for the device, so trainings go by ``trunk`` itself.
+    """
+    shape = "(B, 3, H, W)" if what == "image" else "(B, P, 3, H, W)"
+    if x.dim() != shape.count(",") + 1 or x.shape[-3] != 3 or not x.is_floating_point():
+        raise UserError(
+            f"{what}s are {x.dtype} of {tuple(x.shape)}: give normalised pixels, floats of {shape}"
+        )
+    if x.is_meta:
+        return  # shapes alone, as for counting operations
+    good_B = x.isfinite().flatten(1).all(dim=1)
+    if not good_B.all():
+        first = int(good_B.int().argmin()) + 1
+        raise UserError(
+            f"{what} {first} of {len(x)} has pixels that are not finite (NaN or infinite): mend it or leave "
+            "it out"
+        )
+
+
+def _require_tokens(text: Tensor, config: VTPConfig) -> None:
+    """Raises UserError for what are no tokens (B, L) of a model."""
+    if text.dim() != 2 or text.is_floating_point() or text.is_complex() or text.dtype == torch.bool:
+        raise UserError(f"tokens are {text.dtype} of {tuple(text.shape)}: give whole numbers of (B, L)")
+    if not 1 <= text.shape[1] <= config.text_context_length:
+        raise UserError(
+            f"texts of {text.shape[1]} tokens, and the model has {config.text_context_length} places: cut "
+            "them"
+        )
+    strange = text[(text < 0) | (text >= config.text_vocab_size)]
+    if len(strange):
+        raise UserError(
+            f"token {int(strange[0])} is not in the model's vocabulary of {config.text_vocab_size}: make "
+            "tokens with its own words"
+        )

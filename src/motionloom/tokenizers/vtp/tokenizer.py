@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +26,6 @@ from motionloom.durable import write_atomic
 from motionloom.errors import UserError
 from motionloom.tokenizers import checks, diffusers_folder
 from motionloom.tokenizers.base import TokenizerSpec
-from motionloom.tokenizers.vtp.folder import CONFIG, WEIGHTS
 from motionloom.tokenizers.vtp.model import MEAN, STD, VTPModel
 from motionloom.tokenizers.vtp.towers import DecoderMemory
 from motionloom.tokenizers.vtp.words import WORDS, Words
@@ -76,8 +74,6 @@ class VtpTokenizer:
         self.mean_KC, self.std_KC = _statistics(mean, std, self.spec)
         self.model = model.eval().requires_grad_(False)
         self._fingerprint = ""
-        self._read: tuple[int, ...] | None = None
-        """Of the file that the weights were read from, as :func:`_state`."""
 
     @staticmethod
     def measured(
@@ -125,12 +121,9 @@ class VtpTokenizer:
         note = folder / NOTE
         mean, std = settings.pop("mean", None), settings.pop("std", None)
         known = from_entries(VtpSettings, settings, str(note), "vtp")
-        before = _state(folder / WEIGHTS)
         model = VTPModel.from_pretrained(folder, rope=known.rope)
         try:
-            tokenizer = VtpTokenizer(model, mean, std, known.precision, folder)
-            tokenizer._read = before
-            return tokenizer
+            return VtpTokenizer(model, mean, std, known.precision, folder)
         except ValueError as error:
             raise UserError(f"{note}: {error}: copy the folder again") from None
 
@@ -180,7 +173,9 @@ class VtpTokenizer:
     def _encoded(self, video_BPHW3: Tensor) -> Tensor:
         """Raw latents."""
         with self._precision():
-            return self.model.encode(normalised(video_BPHW3.to(self.device))).float().cpu()
+            # Not by its `encode`, which looks for NaN: pixels from bytes have none.
+            features = self.model.trunk(normalised(video_BPHW3.to(self.device)))
+            return self.model.latents(features).float().cpu()
 
     def decode(self, latents_BFhwC: Tensor) -> Tensor:
         """float (B, F, h, w, C) -> uint8 (B, P, H, W, 3)."""
@@ -216,9 +211,7 @@ class VtpTokenizer:
 
     def save(self, folder: Path) -> None:
         """A folder of the released layout, ``tokenizer.json`` with statistics and settings, and the words."""
-        folder.mkdir(parents=True, exist_ok=True)
-        if not self._linked(folder):
-            self.model.save_pretrained(folder)
+        self.model.save_pretrained(folder)
         if self._folder is not None and (self._folder / WORDS).is_file():
             write_atomic(folder / WORDS, (self._folder / WORDS).read_bytes())
         write_atomic(folder / NOTE, json.dumps(self._note(), indent=1).encode())
@@ -227,17 +220,6 @@ class VtpTokenizer:
         """What ``tokenizer.json`` says."""
         statistics = {"mean": self.mean_KC.tolist(), "std": self.std_KC.tolist()}
         return {"type": "vtp", **asdict(self.settings), **statistics}
-
-    def _linked(self, folder: Path) -> bool:
-        """Whether weights could be shared with the folder they came from: a run's checkpoints hold one."""
-        if self._folder is None or self._read != _state(self._folder / WEIGHTS):
-            return False  # of another place, or written to since
-        try:
-            os.link(self._folder / WEIGHTS, folder / WEIGHTS)
-        except OSError:
-            return False  # gone, or on another disk
-        (folder / CONFIG).write_text(self.model.config.to_json())
-        return True
 
     def _kinds(self, frames: int, *, behind: bool = False) -> Tensor:
         """Which row of statistics each latent frame has."""
@@ -249,15 +231,6 @@ class VtpTokenizer:
     def _precision(self) -> torch.autocast:
         on = self.settings.precision == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=on)
-
-
-def _state(file: Path) -> tuple[int, ...] | None:
-    """Changes when a file does; None: there is none."""
-    try:
-        found = file.stat()
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def model_fingerprint(model: VTPModel, precision: Precision) -> str:

@@ -87,10 +87,14 @@ class Words:
         """The vocabulary of a model's folder.
 
         Raises:
-            UserError: as :class:`Words`.
+            UserError: the file cannot be read; or as :class:`Words`.
         """
         file = folder / WORDS
-        return Words(context, size, file.read_text(encoding="utf-8") if file.is_file() else None)
+        try:
+            own = file.read_text(encoding="utf-8") if file.is_file() else None
+        except (OSError, ValueError) as error:
+            raise UserError(f"{file}: not readable ({error}): copy the folder again") from None
+        return Words(context, size, own)
 
     @staticmethod
     def learned(texts: Iterable[str], context: int, size: int) -> Words:
