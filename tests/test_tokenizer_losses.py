@@ -133,7 +133,7 @@ def test_the_nearest_captions_are_drawn_of_many():
 
 def test_words_are_told_by_how_rare_they_are():
     known = torch.tensor([[1, 2, 5, 9], [1, 3, 5, 9], [1, 3, 4, 9], [1, 2, 4, 9]])
-    bag = BagOfWords(6, known, 10)
+    bag = BagOfWords(6, known, 10, torch_generator("bag"))
     with torch.no_grad():
         for parameter in bag.parameters():
             parameter += randn(*parameter.shape, key="bag")
@@ -145,7 +145,7 @@ def test_words_are_told_by_how_rare_they_are():
     assert float(found[0]) == pytest.approx(-(chance[0, 2] + chance[0, 5]) / 2, abs=1e-5)
     assert float(found[1]) == 0, "nothing that tells"
     rare = torch.tensor([[2, 7]] + [[2, 3]] * 7 + [[4, 3]] * 8)
-    weight = BagOfWords(6, rare, 10).weight_V
+    weight = BagOfWords(6, rare, 10, torch_generator("bag")).weight_V
     assert weight[[2, 7]].tolist() == pytest.approx([math.log(2), math.log(16)])
 
 

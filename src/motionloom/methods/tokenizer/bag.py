@@ -28,16 +28,23 @@ class BagOfWords(nn.Module):
 
     weight_V: Tensor
 
-    def __init__(self, width: int, known_TL: Tensor, size: int) -> None:
+    def __init__(self, width: int, known_TL: Tensor, size: int, generator: torch.Generator) -> None:
         super().__init__()
         self.to_words = nn.Linear(width, size)
-        fill(0.0, self.to_words.weight, self.to_words.bias)
+        self.init_weights(generator)
         # Each word once for each caption that has it, and no table of all captions by all words.
         sorted_TL = known_TL.sort(dim=1).values
         first_TL = torch.ones_like(sorted_TL, dtype=torch.bool)
         first_TL[:, 1:] = sorted_TL[:, 1:] != sorted_TL[:, :-1]
         captions_V = sorted_TL[first_TL].bincount(minlength=size)
         self.register_buffer("weight_V", (len(known_TL) / captions_V.clamp_min(1)).log())
+
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Not 0, from where nothing leads on to what is hard to see: the map waits for features that tell a
+        word, and these for a map that asks for them."""
+        width = self.to_words.in_features
+        self.to_words.weight.data.normal_(std=width**-0.5, generator=generator)
+        fill(0.0, self.to_words.bias)
 
     def forward(self, feature_BD: Tensor, tokens_BL: Tensor) -> Tensor:
         """(B,) cross-entropy with the words of each caption, float32; 0 where it has none that tells."""

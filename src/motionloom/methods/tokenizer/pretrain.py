@@ -87,7 +87,12 @@ class Pretrain:
             if recipe.vtp.clip_near:
                 self._near = NearCaptions(known_TL, torch_generator(recipe.seed, "near captions"))
             if recipe.vtp.words:
-                self._bag = BagOfWords(model.config.vision_embed_dim, known_TL, words.size).to(ranks.device)
+                self._bag = BagOfWords(
+                    model.config.vision_embed_dim,
+                    known_TL,
+                    words.size,
+                    torch_generator(recipe.seed, "bag of words"),
+                ).to(ranks.device)
         self._steps = recipe.train.max_steps
         self._reconstruction = Reconstruction(recipe.vtp, ranks.device) if recipe.vtp.rec else None
         self._distil = Distillation(recipe, model, ranks) if recipe.vtp.ssl else None
