@@ -261,7 +261,7 @@ def test_near_captions_are_for_training_alone(cache: Cache) -> None:
 
 
 def test_nothing_is_rebuilt_before_its_time_and_every_weight_has_a_gradient(cache: Cache) -> None:
-    parts = assemble_tokenizer(recipe(vtp={"rec_start": 2}), cache, Ranks())
+    parts = assemble_tokenizer(recipe(vtp={"rec_start": 0.5}), cache, Ranks())
     batch = batch_of(parts)
     for step, rebuilt in ((0, False), (1, False), (2, True)):
         parts.model.zero_grad()

@@ -57,8 +57,9 @@ class VtpConfig(Section):
 
     # The three losses
     rec: Weight = Field(default=0.1, description="Weight of reconstruction.")
-    rec_start: NotNegative = Field(
-        default=0, description="Steps before which nothing is rebuilt: what captions say is learned first."
+    rec_start: BelowOne = Field(
+        default=0.0,
+        description="Share of the steps before which nothing is rebuilt: what captions say is learned first.",
     )
     l1: Weight = Field(default=1.0, description="Within it: of the mean absolute error of normalised pixels.")
     l2: Weight = Field(default=0.0, description="Within it: of the mean squared error.")
