@@ -63,6 +63,7 @@ SMALL_VTP = {
     "text_heads": 2,
     "clip_near": 0,
     "words": 0.0,
+    "rec_start": 0.0,
     "global_size": 16,
     "local_size": 8,
     "prototypes": 16,
@@ -215,6 +216,16 @@ def test_a_dry_run_lists_what_each_point_will_cost(
     for point in answer.value["points"]:
         assert point["operations"] == studied[1].point(point["name"])["operations"]
     assert not (tmp_path / "out").exists()
+
+
+def test_steps_that_rebuild_nothing_cost_less(world: Path, tmp_path: Path) -> None:
+    shares = {"whole": 0.0, "half": 0.5, "late": 0.75}
+    variants = {name: {"vtp.ssl": 0, "vtp.rec_start": share} for name, share in shares.items()}
+    study = written(tmp_path, tree(world, variants=variants))
+    answer = call("scale", study, "--out", tmp_path / "out", "--dry-run", "--json")
+    whole, half, late = (answer.point(f"{name}_1x_0")["operations"] for name in variants)
+    assert half < whole
+    assert half - late == pytest.approx((whole - half) / 2)
 
 
 # Going on

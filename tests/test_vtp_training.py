@@ -509,6 +509,11 @@ WRONG: list[tuple[str, Callable[[], Recipe], str]] = [
     ),
     ("words", lambda: recipe(vtp={"context": 2}), "leaves a caption no word"),
     ("words without contrast", lambda: recipe(vtp={"clip": 0.0, "words": 1.0}), "set vtp.words to 0"),
+    (
+        "nothing at first",
+        lambda: recipe(vtp={"clip": 0.0, "ssl": 0.0, "rec_start": 0.5}),
+        "vtp.rec_start leaves the first steps nothing to learn",
+    ),
     ("near without contrast", lambda: recipe(vtp={"clip": 0.0, "clip_near": 2}), "set vtp.clip_near to 0"),
     ("a rate of no rest", lambda: recipe(train={"rest_lr": 1e-3}), "train.optimizer muon"),
     ("denoise", lambda: recipe("denoise"), "tokenizer.type pixels is for train.method tokenizer"),

@@ -530,14 +530,22 @@ class Job:
 
 def operations_per_step(recipe: Recipe, cache: Cache) -> int:
     """Operations of one optimiser step of a tokenizer's training, over its accumulation and all ranks; see
-    `step_operations` for what is counted. In float32 and not compiled, as nothing else can be looked into."""
+    `step_operations` for what is counted. In float32 and not compiled, as nothing else can be looked into.
+    The mean over a training, where some steps rebuild nothing."""
+    share = recipe.vtp.rec_start
+    whole = _counted(recipe, cache, rec_start=0.0)
+    return round((1 - share) * whole + share * _counted(recipe, cache, rec=0.0)) if share else whole
+
+
+def _counted(recipe: Recipe, cache: Cache, **vtp: float) -> int:
     from motionloom.cli.tokenizer_run import assemble_tokenizer
     from motionloom.evals.scaling import step_operations
     from motionloom.parallel import start_ranks
 
     train = recipe.train.model_copy(update={"compile": False, "precision": "fp32"})
     with start_ranks() as ranks:
-        parts = assemble_tokenizer(recipe.model_copy(update={"train": train}), cache, ranks)
+        changed = {"train": train, "vtp": recipe.vtp.model_copy(update=vtp)}
+        parts = assemble_tokenizer(recipe.model_copy(update=changed), cache, ranks)
         batch = next(parts.loader.batches(0)).to(ranks.device)
         once = step_operations(parts.method, batch, recipe.seed, ranks.device)
         return once * recipe.train.grad_accum_steps * ranks.world

@@ -138,7 +138,7 @@ class Pretrain:
         # Where both losses would have the same features of a clip, it is encoded once.
         once = contrasted and not c.rec_drop and not c.clip_drop and self._chunks(x_BP3HW) == 1
         seen = self._model.trunk(x_BP3HW) if once else None
-        if self._reconstruction is not None and context.step < c.rec_start * self._steps:
+        if self._reconstruction is not None and context.step < int(c.rec_start * self._steps):
             loss_B = loss_B + self._resting()
         elif self._reconstruction is not None:
             part_B, found = self._rebuilt(self._reconstruction, batch, x_BP3HW, seen, context)
