@@ -512,7 +512,7 @@ WRONG: list[tuple[str, Callable[[], Recipe], str]] = [
     (
         "nothing at first",
         lambda: recipe(vtp={"clip": 0.0, "ssl": 0.0, "rec_start": 0.5}),
-        "vtp.rec_start leaves the first steps nothing to learn",
+        "vtp.rec_start gives the first steps nothing to learn",
     ),
     ("near without contrast", lambda: recipe(vtp={"clip": 0.0, "clip_near": 2}), "set vtp.clip_near to 0"),
     ("a rate of no rest", lambda: recipe(train={"rest_lr": 1e-3}), "train.optimizer muon"),

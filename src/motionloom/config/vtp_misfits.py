@@ -65,7 +65,7 @@ def vtp_misfits(r: Recipe) -> Iterator[str]:
     if not (c.rec or c.clip or c.ssl):
         yield "vtp.rec, vtp.clip and vtp.ssl are all 0, so there is nothing to learn: raise one"
     if c.rec and c.rec_start and not (c.clip or c.ssl):
-        yield "vtp.rec_start leaves the first steps nothing to learn (vtp.clip and vtp.ssl are 0): set it to 0"
+        yield "vtp.rec_start gives the first steps nothing to learn (vtp.clip and vtp.ssl are 0): set it to 0"
     if c.rec and not (c.l1 or c.l2 or c.perceptual):
         yield "vtp.rec has no part with a weight: raise vtp.l1, vtp.l2 or vtp.perceptual"
     if not c.rec and r.train.sample_every_steps:
