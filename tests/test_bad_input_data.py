@@ -382,7 +382,7 @@ def test_a_bad_member_of_a_zip(tmp_path, kind):
     assert_clear(problems.lines()[0], "bad.gif", says)
     assert problems.lines()[1] == f"skipped 1 of 3 clips: 1 {counted}"
     assert ingest(tmp_path / "pack.zip", unpack_to=cache)[1].lines() == problems.lines()
-    assert not list(tmp_path.rglob("*bad*"))
+    assert not list(tmp_path.rglob("*bad.gif*"))
     assert not Path("/bad.gif").exists()
 
 
