@@ -21,6 +21,7 @@ import torch
 from cached import FPS, make_clip, make_world, recipe
 from motionloom.data.buckets import Bucket, closest_size, longest_fit
 from motionloom.data.cache import build_cache, open_cache
+from motionloom.data.cache.build import require_folder
 from motionloom.data.manifest import ManifestEntry, Scene, read_entry
 from motionloom.errors import UserError
 from motionloom.text import build_text_encoder
@@ -655,3 +656,18 @@ def test_hf_embeddings_survive_a_moved_model(
     assert again is not None
     assert again.mismatches(recipe(text_encoder=moved)) == []
     assert len(again) == 11
+
+
+def test_a_cache_that_another_worker_makes_meanwhile_is_none_of_a_stranger(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is written between two looks at the folder."""
+    listed = Path.iterdir
+
+    def meanwhile(folder: Path):
+        (folder / "cache.json").write_text("{}")
+        (folder / "tokenizer").mkdir()
+        return listed(folder)
+
+    monkeypatch.setattr(Path, "iterdir", meanwhile)
+    require_folder(tmp_path)

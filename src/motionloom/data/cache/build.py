@@ -158,11 +158,12 @@ def require_folder(out: Path) -> None:
     """Refuse what is neither a cache nor on the way to be one. Raises UserError."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; name a folder for the cache")
-    if out.is_dir() and not (out / IDENTITY_FILE).exists():
+    if out.is_dir():
         names = {path.name for path in out.iterdir()} - {LOCK, READERS, PAIRS_FILE, *UNFINISHED}
         begun = tuple(f".{file}." for file in (IDENTITY_FILE, PAIRS_FILE))
         foreign = sorted(name for name in names if not name.startswith(begun))
-        if foreign:
+        # Asked for last: who makes the cache at this moment writes it before anything that looks foreign.
+        if foreign and not (out / IDENTITY_FILE).exists():
             raise UserError(f"{out}: is not a cache and not empty (it holds {foreign[0]}); name a new folder")
 
 
