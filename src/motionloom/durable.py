@@ -7,8 +7,12 @@ import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from motionloom.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def flush(path: Path) -> None:
@@ -37,9 +41,7 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     with one_line_on_failure(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            mode = _usual_mode(temporary)
             yield temporary
-            temporary.chmod(mode)  # safetensors lets nobody else read what it writes
             flush(temporary)
             os.replace(temporary, path)
         except BaseException:
@@ -48,12 +50,17 @@ def whole_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         flush(path.parent)
 
 
-def _usual_mode(path: Path) -> int:
-    """What a new file there may be read and written by; ``path`` is made and removed for it."""
-    path.touch()
-    mode = path.stat().st_mode
-    path.unlink()
-    return mode
+def write_tensors(
+    path: str | os.PathLike[str], tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Put tensors of the CPU at ``path`` as safetensors, whole or not at all, readable as any new file."""
+    from safetensors.torch import save_file
+
+    with whole_file(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        save_file(tensors, temporary, metadata)
+        temporary.chmod(mode)  # it lets nobody else read what it writes
 
 
 @contextlib.contextmanager

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from motionloom.config.entries import entry
 from motionloom.config.recipe import TextEncoderConfig
+from motionloom.durable import write_tensors
 from motionloom.errors import UserError
 from motionloom.rng import torch_generator
 
@@ -104,11 +105,9 @@ class HashEncoder(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write ``text_encoder.json`` and the tables, ``text_encoder.safetensors``."""
-        from safetensors.torch import save_file
-
         folder.mkdir(parents=True, exist_ok=True)
         state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
-        save_file(state, folder / "text_encoder.safetensors")
+        write_tensors(folder / "text_encoder.safetensors", state)
         (folder / "text_encoder.json").write_text(json.dumps(self._settings(), indent=2) + "\n")
 
     def _settings(self) -> dict[str, object]:

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from motionloom.durable import whole_file, write_atomic
+from motionloom.durable import write_atomic, write_tensors
 from motionloom.errors import UserError
 from motionloom.tokenizers.checks import DAMAGE, one_line
 
@@ -87,8 +86,7 @@ def save(model: Any, folder: Path) -> None:
     config = {"_class_name": type(model).__name__, **_plain_config(model)}
     write_atomic(folder / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
     tensors = {name: tensor.cpu().contiguous() for name, tensor in model.state_dict().items()}
-    with whole_file(folder / WEIGHTS) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
 
 
 def digest(*models: Any, extra: Mapping[str, Any]) -> str:

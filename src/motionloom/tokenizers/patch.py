@@ -21,11 +21,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from motionloom.config.entries import from_entries
 from motionloom.config.recipe import TokenizerConfig
+from motionloom.durable import write_tensors
 from motionloom.errors import UserError
 from motionloom.tokenizers.base import TokenizerSpec
 from motionloom.tokenizers.basis import Basis, Moments
@@ -114,7 +115,7 @@ class PatchTokenizer:
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(self._tensors(), folder / "tokenizer.safetensors")
+        write_tensors(folder / "tokenizer.safetensors", self._tensors())
         (folder / "tokenizer.json").write_text(json.dumps({"type": "patch", **asdict(self.spec)}, indent=1))
 
     @staticmethod

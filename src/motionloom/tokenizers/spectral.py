@@ -24,12 +24,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import fold, pad
 
 from motionloom.config.entries import from_entries
 from motionloom.config.recipe import AudioConfig
+from motionloom.durable import write_tensors
 from motionloom.errors import UserError
 from motionloom.tokenizers.audio import AudioTokenizerSpec
 from motionloom.tokenizers.basis import Basis, Moments
@@ -116,7 +117,7 @@ class SpectralAudio:
 
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(self._basis.tensors("sound"), folder / _FILE)
+        write_tensors(folder / _FILE, self._basis.tensors("sound"))
         (folder / _NOTE).write_text(json.dumps({"type": "spectral", **asdict(self.spec)}, indent=1))
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
-from motionloom.durable import whole_file, write_atomic
+from motionloom.durable import write_atomic, write_tensors
 from motionloom.errors import UserError
 from motionloom.tokenizers.vtp.config import VTPConfig
 
@@ -50,6 +50,5 @@ def write_folder(model: nn.Module, config: VTPConfig, folder: Path) -> None:
         UserError: the place cannot be written.
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    with whole_file(folder / WEIGHTS) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+    write_tensors(folder / WEIGHTS, tensors, {"format": "pt"})
     write_atomic(folder / CONFIG, config.to_json().encode())

@@ -87,7 +87,7 @@ class PatchEmbed(nn.Module):
 
 
 class Stack(nn.Module):
-    """Blocks over each latent frame, and between them the look back where there is one.
+    """Blocks over each latent frame; before each a look back and a mixing of neighbours, where there are any.
 
     Subclasses name ``blocks``, ``look_back`` and ``neighbours``, so that the names of weights are the
     released ones.
