@@ -589,6 +589,8 @@ def test_what_no_clip_is_needed_for_is_told_before_any_is_coded(
         monkeypatch.setattr(kind, "encode", coded)
     manifest, file = world / "world/manifest.jsonl", tmp_path / "file"
     file.write_text("")
+    for judged in ("zero-shot", "retrieval"):
+        assert evaluate(judged, world / "patch", manifest, tmp_path / judged).refused("reads no texts")
     for out in (file, file / "within"):
         answer = evaluate("reconstruction", world / "patch", manifest, out, *plain())
         assert answer.refused(f"{file} is a file; name another folder"), answer.err

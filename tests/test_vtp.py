@@ -507,6 +507,7 @@ def folder(tmp_path: Path, **said: object) -> Path:
         ({"init_logit_bias": HUGE}, "not a number that float32 holds"),
         ({"vision_init_values": 1e300}, r"vision_init_values is '1e\+300', not a number that float32 holds"),
         ({"vision_depth": HUGE}, "vision_depth is too large for any model"),
+        ({"text_depth": 10**9}, "text_depth is 1000000000, more than 1024 blocks"),
         ({"vision_mlp_ratio": HUGE}, "too large for any model"),
         ({"text_mlp_ratio": 1e300}, "too wide for any model"),
         ({"temporal_window": HUGE}, "temporal_window is 1000"),

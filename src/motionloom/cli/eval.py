@@ -117,6 +117,7 @@ def zero_shot(
         raise UserError("--world brings classes and wordings of its own: leave out --classes and --template")
     job = _Job(out, as_json)
     views, clips = _views(tokenizer, reading), open_set(manifest, reading.clips)
+    views.require_texts()
     place = _world(world)
     told = world_classes(clips, place) if place else manifest_classes(clips, classes, templates)
     report = judge_zero_shot(views, job.embed(views, clips, reading), told)
@@ -219,6 +220,7 @@ def retrieval(tokenizer: Path, manifest: Path, out: Path, reading: Reading, as_j
 
     job = _Job(out, as_json)
     views, clips = _views(tokenizer, reading), open_set(manifest, reading.clips)
+    views.require_texts()
     report = judge_retrieval(views, job.embed(views, clips, reading))
     job.finish(report, [clips], {"tokenizer": str(tokenizer), "fingerprint": views.name})
 

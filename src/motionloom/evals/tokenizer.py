@@ -242,18 +242,22 @@ class TokenizerViews:
             views["clip"] = model.clip_image(found)
         return {name: x.float().cpu() for name, x in views.items()}
 
+    def require_texts(self) -> None:
+        """Raises UserError where the tokenizer reads no texts; needs no clip for it."""
+        _ = self._reader
+
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        if self._vtp is None:
-            raise UserError(f"{self.name}: this tokenizer reads no texts; name a VTP model, which does")
-        tokens_BL = self._words(texts).to(self._vtp.device)
-        answer: NDArray[np.float32] = self._vtp.model.clip_text(tokens_BL).float().cpu().numpy()
+        vtp, words = self._reader
+        tokens_BL = words(texts).to(vtp.device)
+        answer: NDArray[np.float32] = vtp.model.clip_text(tokens_BL).float().cpu().numpy()
         return answer
 
     @cached_property
-    def _words(self) -> Words:
-        assert self._vtp is not None
-        return self._vtp.words()
+    def _reader(self) -> tuple[VtpTokenizer, Words]:
+        if self._vtp is None:
+            raise UserError(f"{self.name}: this tokenizer reads no texts; name a VTP model, which does")
+        return self._vtp, self._vtp.words()
 
 
 @dataclass(frozen=True)

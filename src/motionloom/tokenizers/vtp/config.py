@@ -18,6 +18,8 @@ CLIP_VOCAB = 49408
 """Words of CLIP's byte-pair vocabulary, the two marks for beginning and end included."""
 LARGEST = 2**31 - 1
 """Of a config's whole numbers: what torch counts the sides of a tensor by."""
+DEEPEST = 1024
+"""Of a tower, in blocks: a slip is refused before they are made."""
 
 _FOREIGN = {
     "_name_or_path",
@@ -119,6 +121,9 @@ class VTPConfig:
         for name in counts:
             if getattr(self, name) > LARGEST:
                 raise ValueError(f"{name} is too large for any model")
+        for name in ("vision_depth", "text_depth", "decoder_depth"):
+            if getattr(self, name) > DEEPEST:
+                raise ValueError(f"{name} is {getattr(self, name)}, more than {DEEPEST} blocks")
         require_truths(asdict(self), *(f.name for f in fields(self) if f.type == "bool"))
         for tower in ("vision", "decoder"):
             width, heads = getattr(self, f"{tower}_embed_dim"), getattr(self, f"{tower}_num_heads")
