@@ -24,8 +24,8 @@ from torch import Tensor, nn
 import motionloom.cli.train as train_command
 from motionloom.cli.console import Out
 from motionloom.cli.main import main
-from motionloom.cli.scale import Job, Outcome
 from motionloom.cli.scale_files import alone
+from motionloom.cli.scale_point import Job, Outcome
 from motionloom.cli.scale_report import write_report
 from motionloom.config.study import Study, load_study, packaged_studies
 from motionloom.config.yaml_text import write_yaml

@@ -14,7 +14,7 @@ from motionloom.cli.console import Out, duration
 from motionloom.durable import write_atomic
 
 if TYPE_CHECKING:
-    from motionloom.cli.scale import Job, Outcome
+    from motionloom.cli.scale_point import Job, Outcome
     from motionloom.config.study import Point, Study
     from motionloom.evals.scaling import Spread
     from motionloom.studio.page import Chart
