@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from motionloom.config.recipe import TrainConfig
 from motionloom.errors import UserError
 from motionloom.parallel import load_optimizer_state, named_optimizer_state
 from motionloom.rng import torch_generator
 from motionloom.train.muon import MuonAdamW, muon
-from motionloom.train.optim import set_lr
+from motionloom.train.optim import make_optimizer, set_lr
 
 LR, BETAS = 1e-2, (0.9, 0.95)
 
@@ -109,6 +110,12 @@ def test_the_rest_may_have_a_rate_of_its_own() -> None:
         like, other = (whole, slow) if in_blocks(name) and parameter.ndim == 2 else (slow, whole)
         assert torch.equal(parameter, like[name]), name
         assert not torch.equal(parameter, other[name]), name
+
+
+def test_a_critic_at_another_rate_keeps_the_ratio_of_the_rest() -> None:
+    t = TrainConfig(optimizer="muon", lr=LR, rest_lr=LR / 8)
+    critic = make_optimizer({"net": Net()}, t, lr=LR / 2)
+    assert {group["muon"]: group["lr"] for group in critic.param_groups} == {True: LR / 2, False: LR / 16}
 
 
 def test_it_learns_and_follows_the_schedule() -> None:

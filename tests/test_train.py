@@ -23,10 +23,11 @@ from motionloom.parallel import Ranks
 from motionloom.rng import numpy_rng
 from motionloom.train import Losses, Progress, StepContext, checkpoint
 from motionloom.train.ema import Ema
+from motionloom.train.groups import parameter_groups
 from motionloom.train.guard import Guard, NotFinite
 from motionloom.train.heldout import heldout_loss
 from motionloom.train.metrics import Running
-from motionloom.train.optim import adamw, parameter_groups
+from motionloom.train.optim import adamw
 from motionloom.train.schedule import lr_ratio
 from toy_training import (
     CHANNELS,

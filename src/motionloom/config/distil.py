@@ -62,7 +62,9 @@ class DistilConfig(Section):
         description="The critic's error: of the velocity, or of the clean estimate, which is sigma^2 of that "
         "and leaves the least noisy clips less to say; for networks that predict the clean clip.",
     )
-    critic_lr: Above | None = Field(default=None, description="None: `train.lr`.")
+    critic_lr: Above | None = Field(
+        default=None, description="None: `train.lr`. `train.rest_lr` keeps its ratio to it."
+    )
     critic_ratio: Positive = Field(default=5, description="Steps of the critic for each of the student.")
     score_shift: Above = Field(default=5.0, description="Of the levels at which teacher and critic judge.")
     score_range: tuple[Fraction, Fraction] = Field(

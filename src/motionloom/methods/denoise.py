@@ -34,7 +34,7 @@ from motionloom.plans import (
 from motionloom.plans.tokens import ByModality
 from motionloom.text.base import TextEncoder, drop_captions, encode_scenes
 from motionloom.train.method import Losses, StepContext
-from motionloom.train.muon import make_optimizer
+from motionloom.train.optim import make_optimizer
 
 
 class Denoise:

@@ -13,9 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from motionloom.config.recipe import TrainConfig
 from motionloom.errors import UserError
-from motionloom.train.optim import adamw, decays, parameter_groups
+from motionloom.train.groups import decays, parameter_groups
 
 
 class MuonAdamW(torch.optim.Optimizer):
@@ -83,21 +82,3 @@ def _blocks(module: nn.Module) -> list[nn.Module]:
     if isinstance(blocks, nn.ModuleList):
         return list(blocks)
     return list(blocks()) if callable(blocks) and not isinstance(blocks, nn.Module) else []
-
-
-def make_optimizer(
-    modules: Mapping[str, nn.Module],
-    t: TrainConfig,
-    lr: float | None = None,
-    betas: tuple[float, float] | None = None,
-) -> torch.optim.Optimizer:
-    """What a recipe's ``train`` says, over everything trainable in ``modules``; ``lr`` and ``betas`` in the
-    place of its own where given.
-
-    Raises:
-        UserError: nothing is trainable, or Muon finds no matrices of blocks.
-    """
-    lr, betas = lr or t.lr, betas or t.betas
-    if t.optimizer == "muon":
-        return muon(modules, lr, betas, t.weight_decay, t.rest_lr)
-    return adamw(modules, lr, betas, t.weight_decay)

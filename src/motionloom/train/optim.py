@@ -1,47 +1,35 @@
-"""AdamW as it is used here: fused, with weight decay on matrices alone."""
+"""Optimisers by what a recipe says: AdamW, fused, with weight decay on matrices alone; or Muon beside it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
+from motionloom.config.recipe import TrainConfig
 from motionloom.errors import UserError
+from motionloom.train.groups import parameter_groups
+from motionloom.train.muon import muon
 
 
-def decays(owner: nn.Module, name: str, parameter: nn.Parameter) -> bool:
-    """Whether a parameter is a matrix in the sense of weight decay: the ``weight`` of a linear or
-    convolution.
+def make_optimizer(
+    modules: Mapping[str, nn.Module],
+    t: TrainConfig,
+    lr: float | None = None,
+    betas: tuple[float, float] | None = None,
+) -> torch.optim.Optimizer:
+    """What a recipe's ``train`` says, over everything trainable in ``modules``; ``lr`` and ``betas`` in the
+    place of its own where given. ``rest_lr`` keeps its ratio to ``lr``.
 
-    Biases, norms, embeddings and learned tables (a parameter that a module holds under a name of its own)
-    keep their size: pulling them to 0 regularises nothing and forgets rare words.
+    Raises:
+        UserError: nothing is trainable, or Muon finds no matrices of blocks.
     """
-    # Attention as torch names it holds queries, keys and values in one matrix.
-    named = name in ("weight", "in_proj_weight")
-    return named and parameter.ndim >= 2 and not isinstance(owner, nn.Embedding | nn.EmbeddingBag)
-
-
-def parameter_groups(modules: Iterable[nn.Module], weight_decay: float) -> list[dict[str, Any]]:
-    """Trainable parameters in groups with and without decay; sharded and whole ones never share a group.
-
-    (A fused step over a group takes either kind, not both.)
-    """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    seen: set[int] = set()
-    for module in modules:
-        for owner in module.modules():
-            for name, parameter in owner.named_parameters(recurse=False):
-                if parameter.requires_grad and id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    kind = decays(owner, name, parameter), isinstance(parameter, DTensor)
-                    groups.setdefault(kind, []).append(parameter)
-    return [
-        {"params": params, "weight_decay": weight_decay if decay else 0.0}
-        for (decay, _), params in sorted(groups.items(), key=lambda item: item[0], reverse=True)
-    ]
+    lr, betas = lr or t.lr, betas or t.betas
+    if t.optimizer == "muon":
+        rest_lr = None if t.rest_lr is None else t.rest_lr * lr / t.lr
+        return muon(modules, lr, betas, t.weight_decay, rest_lr)
+    return adamw(modules, lr, betas, t.weight_decay)
 
 
 def adamw(

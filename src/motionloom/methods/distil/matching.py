@@ -48,7 +48,7 @@ from motionloom.methods.distil.ode import level_table, student_modules
 from motionloom.plans import NOTHING, Sample, Text
 from motionloom.train.lora import without_adapters
 from motionloom.train.method import Losses, StepContext
-from motionloom.train.muon import make_optimizer
+from motionloom.train.optim import make_optimizer
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from motionloom.nn.patching import patchify
 from motionloom.plans import Layout
 from motionloom.plans.layout import Track
 from motionloom.train.method import Losses, StepContext
-from motionloom.train.muon import make_optimizer
+from motionloom.train.optim import make_optimizer
 
 
 class Regression:

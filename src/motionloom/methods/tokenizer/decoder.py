@@ -27,8 +27,7 @@ from motionloom.parallel import Ranks
 from motionloom.rng import torch_generator
 from motionloom.tokenizers.vtp import VTPModel
 from motionloom.train.method import Losses, StepContext
-from motionloom.train.muon import make_optimizer
-from motionloom.train.optim import adamw
+from motionloom.train.optim import adamw, make_optimizer
 
 
 class FinetuneDecoder:

@@ -35,7 +35,7 @@ from motionloom.tokenizers.vtp.layers import Drop
 from motionloom.tokenizers.vtp.tokenizer import normalise, unit_pixels
 from motionloom.tokenizers.vtp.towers import Features
 from motionloom.train.method import Losses, StepContext
-from motionloom.train.muon import make_optimizer
+from motionloom.train.optim import make_optimizer
 
 HEAD = "dino"
 
