@@ -9,7 +9,7 @@ export OMP_WAIT_POLICY ?= PASSIVE
 
 DATA    ?=
 MINUTES ?= 8
-OUT     ?= runs/quickstart
+OUT     ?= $(if $(DATA),runs/own,runs/quickstart)
 SEED    ?= 0
 
 .PHONY: help setup quickstart test test-slow check clean

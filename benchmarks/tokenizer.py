@@ -1,7 +1,7 @@
 """Speed of a tokenizer: its encoder through `motionloom cache` against the bare one, its decoder over films.
 
     python benchmarks/tokenizer.py --json               # an untrained VTP-S on pictures of 256 x 256
-    python benchmarks/tokenizer.py --tokenizer tokenizers/mine --size 32 --frames 17 --clips 256 --json
+    python benchmarks/tokenizer.py --tokenizer my_tokenizer --size 32 --frames 17 --clips 256 --json
 
 Encoding: a round codes the same clips twice, bare (frames lie decoded in memory, the encoder alone runs) and
 by ``build_cache`` (files are opened, scaled, coded and written to disk). A ratio is of a round; told are the

@@ -186,8 +186,11 @@ def test_another_tokenizer_is_refused(world: list[ManifestEntry], built: Path, t
         build_cache(recipe(), world, built, tokenizer=load_tokenizer(tokenizer))
     own = recipe(tokenizer={"name_or_path": str(built / "tokenizer")})
     assert open_cache(built).mismatches(own) == []
-    wrong = recipe(tokenizer={"name_or_path": str(tokenizer), "latent_t": 2})
-    with pytest.raises(UserError, match=r"latent_t is 4 in the tokenizer and 2 in the recipe"):
+    wrong = recipe(tokenizer={"name_or_path": str(tokenizer), "latent_t": 2, "latent_d": 7})
+    both = (
+        r"latent_t is 4 in .* and 2 in .*, tokenizer.latent_d is \d+ in .* and 7 in .*: set .*latent_t=4 .*d="
+    )
+    with pytest.raises(UserError, match=both):
         build_cache(wrong, world, tmp_path / "wrong")
 
 

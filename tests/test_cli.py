@@ -68,7 +68,7 @@ SMALLER = {
     "data shapeworld": ["--clips", "20", "--world", "quickstart"],
     "train": [*TINY, "train.max_steps=3"],
     "pairs": ["distil.grid_steps=4", "--clips", "5"],
-    "quickstart": ["--minutes", "0.02", "--no-open", *TINY],
+    "quickstart": ["--minutes", "0.02", "--no-open", "--out", "runs/quickstart", *TINY],
     "generate": ["--steps", "2"],
     "stream": ["--seconds", "1", "--steps", "1"],
     "eval reconstruction": ["--clips", "4", "--extractor", "color-histogram", "--lpips", "none"],
@@ -486,6 +486,12 @@ def test_the_quickstart_on_shapeworld(workshop: dict[str, Answer]) -> None:
     assert again.value["clips"] == {"cached": 20, "skipped": 0}
     assert again.value["seconds"]["train"] >= report["seconds"]["train"]
     assert again.value["seconds"]["calibrate"] == report["seconds"]["calibrate"]
+    # Other clips are none of its business, and are refused before anything in it changes.
+    before = {path: path.read_bytes() for path in Path("runs/world").rglob("*") if path.is_file()}
+    other = call("quickstart", "--data", "my_clips", *small)
+    assert other.code == 2
+    assert "error: runs/world: holds a run on ShapeWorld, not on " in other.err
+    assert before == {path: path.read_bytes() for path in Path("runs/world").rglob("*") if path.is_file()}
 
 
 def test_the_quickstart_on_a_single_image(tmp_path: Path) -> None:
@@ -744,6 +750,7 @@ def test_an_interrupted_training_leaves_a_checkpoint_and_says_so(workshop: dict[
         process.kill()
     assert process.returncode == 130
     assert "(signal)" in out
+    assert "the same command with --resume goes on" in out
     assert list(Path("runs/stopped/checkpoints").glob("step_*/manifest.json"))
 
 

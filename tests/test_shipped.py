@@ -56,6 +56,24 @@ def test_a_name_is_as_good_as_a_path(name: str, tmp_path: Path, monkeypatch: pyt
         load_tokenizer(name)
 
 
+def test_a_name_that_is_none_is_told_with_those_that_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    for named, said in (
+        ("vtp_shapword", "vtp_shapword: no such tokenizer: did you mean vtp_shapeworld?"),
+        ("VTP-Large", "VTP-Large: no such tokenizer: name a saved one, or one of vtp_emoji, vtp_shapeworld"),
+        ("run", "run: no tokenizer here .*: of a run that trained one, `motionloom convert` makes it"),
+    ):
+        with pytest.raises(UserError, match=said):
+            load_tokenizer(named)
+    for named in ("vtp_shapword", "VTP-Large"):
+        # Before a clip is read.
+        with pytest.raises(UserError, match=f"{named}: no such tokenizer"):
+            needs_clips(TokenizerConfig(type="vtp", name_or_path=named))
+
+
 def test_what_is_shown_comes_back_from_latents() -> None:
     tokenizer, world = load_tokenizer("vtp_shapeworld"), World()
     specs = [replace(world.sample(11, n, "test"), frames=17, height=32, width=32) for n in range(12)]

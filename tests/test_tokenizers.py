@@ -299,7 +299,7 @@ def test_a_damaged_folder_is_named(damage: Callable[[Path], object], said: str, 
 
 
 def test_a_missing_folder_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no tokenizer here"):
+    with pytest.raises(UserError, match="nothing: no such tokenizer"):
         load_tokenizer(tmp_path / "nothing")
 
 

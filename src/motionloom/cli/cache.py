@@ -43,6 +43,9 @@ def _of_clips(console: Out, recipe: Recipe, manifest: Path, out: Path, notes: li
     entries, problems = read_manifest(manifest)
     if len(problems):
         skipped(console, problems.lines())
+    if not entries:
+        why = "what is listed above is wrong with it" if len(problems) else "it is empty"
+        raise UserError(f"{manifest}: names no usable clip; {why}: mend it, or name another manifest")
     with console.stages() as advance:
         report = build_cache(recipe, entries, out, on_progress=advance)
     for line in report.lines():

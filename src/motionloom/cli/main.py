@@ -89,8 +89,12 @@ def quickstart(
     ] = None,
     minutes: Annotated[float, typer.Option(min=0.01, help="How long to train.")] = 8.0,
     out: Annotated[
-        Path, typer.Option(help="The run folder; a second call goes on where the first stopped.")
-    ] = Path("runs/quickstart"),
+        Path | None,
+        typer.Option(
+            help="The run folder; a second call goes on where the first stopped. Else runs/quickstart, with "
+            "--data runs/own."
+        ),
+    ] = None,
     seed: Seed = 0,
     clips: Annotated[int, typer.Option(min=16, help="How many clips ShapeWorld makes.")] = 6000,
     prompts: Annotated[int, typer.Option(min=1, help="How many unseen prompts are judged.")] = 128,
@@ -105,6 +109,7 @@ def quickstart(
     from motionloom.cli import quickstart as command
 
     sizes = command.Sizes(minutes, clips, prompts)
+    out = out or Path("runs/quickstart" if data is None else "runs/own")
     command.run(data, sizes, out, seed, keep or [], overrides or [], open_page, as_json)
 
 
@@ -674,7 +679,8 @@ TokenizerFolder = Annotated[
     Path,
     typer.Argument(
         metavar="TOKENIZER",
-        help="A saved tokenizer: a cache's or a run's tokenizer folder, or the name of one that comes along.",
+        help="A saved tokenizer: what `convert` wrote, the tokenizer folder of a cache, or one that comes "
+        "along, by name.",
     ),
 ]
 Clips = Annotated[Path, typer.Option("--manifest", help="The clips, their captions and labels.")]
@@ -741,8 +747,8 @@ def reconstruction(
 
 @eval_app.command(
     "zero-shot",
-    epilog="Example: motionloom eval zero-shot tokenizers/mine --manifest worlds/small/manifest.jsonl "
-    "--world quickstart --out evaluated/words",
+    epilog="Example: motionloom eval zero-shot my_tokenizer --manifest worlds/small/manifest.jsonl "
+    "--frames 13 --world quickstart --out evaluated/words",
 )
 def zero_shot(
     tokenizer: TokenizerFolder,
@@ -833,8 +839,8 @@ def knn(
 
 
 @eval_app.command(
-    epilog="Example: motionloom eval retrieval tokenizers/mine --manifest worlds/small/manifest.jsonl "
-    "--out evaluated/retrieval"
+    epilog="Example: motionloom eval retrieval my_tokenizer --manifest worlds/small/manifest.jsonl "
+    "--frames 13 --out evaluated/retrieval"
 )
 def retrieval(
     tokenizer: TokenizerFolder,
@@ -886,7 +892,10 @@ def generation(
 @app.command(epilog="Example: motionloom scale study.yaml --out studies/mine")
 def scale(
     study: Annotated[
-        str, typer.Argument(metavar="STUDY", help="A YAML file, or one that comes along: claim, curve.")
+        str,
+        typer.Argument(
+            metavar="STUDY", help="A YAML file, or the name of one here: claim, claim_emoji, curve."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="A folder; a second call goes on where the first stopped.")],
     dry_run: Annotated[
@@ -901,8 +910,8 @@ def scale(
 
 
 @app.command(
-    epilog="Example: motionloom features tokenizers/mine --manifest worlds/small/manifest.jsonl --out "
-    "vectors.parquet"
+    epilog="Example: motionloom features my_tokenizer --manifest worlds/small/manifest.jsonl "
+    "--frames 13 --out vectors.parquet"
 )
 def features(
     tokenizer: TokenizerFolder,

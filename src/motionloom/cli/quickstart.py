@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from motionloom.cli.console import Out, duration, new_folder, skipped
 from motionloom.durable import write_atomic
+from motionloom.errors import UserError
 
 if TYPE_CHECKING:
     from motionloom.cli.assemble import Parts
@@ -115,6 +116,7 @@ def run(
     )
     wish.recipe()  # what is wrong with it is said before anything is made
     diary = Diary(Out(as_json), new_folder(out))
+    _refuse_other_clips(data, out)
     if data is None:
         with diary.stage("world", f"{sizes.clips} captioned clips of ShapeWorld"):
             entries = _world(wish.recipe(), sizes.clips, out, diary)
@@ -135,6 +137,18 @@ def run(
         import webbrowser
 
         webbrowser.open(page.resolve().as_uri())
+
+
+def _refuse_other_clips(data: Path | None, out: Path) -> None:
+    """Write down whose clips a folder is for. Raises UserError, before anything in it changes, if others."""
+    note, mine = out / "clips.txt", "ShapeWorld" if data is None else str(data.resolve())
+    theirs = note.read_text() if note.is_file() else mine
+    if theirs != mine:
+        raise UserError(
+            f"{out}: holds a run on {theirs}, not on {mine}: name a folder of its own with --out "
+            "(of make: OUT=...)"
+        )
+    write_atomic(note, mine.encode())
 
 
 def _summary(report: dict[str, Any]) -> list[str]:
@@ -166,7 +180,6 @@ def _own_clips(
     from motionloom.data.ingest import ingest
     from motionloom.data.manifest import write_manifest
     from motionloom.data.windows import cut_into_windows, fitting_fps
-    from motionloom.errors import UserError
 
     with diary.console.progress("clips looked into") as advance:
         entries, problems = ingest(

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from motionloom.config import Recipe
     from motionloom.data.cache import Cache
     from motionloom.parallel import Ranks
-    from motionloom.train.loop import OnSample
+    from motionloom.train.loop import OnSample, Outcome
 
 
 def run(recipe_name: str, overrides: list[str], cache_path: Path | None, resume: bool, as_json: bool) -> None:
@@ -56,10 +56,15 @@ def run(recipe_name: str, overrides: list[str], cache_path: Path | None, resume:
                     "seconds": outcome.seconds,
                     "notes": notes,
                 },
-                [f"{outcome.step} steps ({outcome.reason}): {outcome.checkpoint}"],
+                [f"{outcome.step} steps ({outcome.reason}): {outcome.checkpoint}", *_how_to_go_on(outcome)],
             )
     if outcome.reason == "signal":
         raise SystemExit(INTERRUPTED)
+
+
+def _how_to_go_on(outcome: Outcome) -> list[str]:
+    stopped = outcome.reason == "signal"
+    return ["stopped early: the same command with --resume goes on from there"] if stopped else []
 
 
 def _assemble(recipe: Recipe, cache: Cache, ranks: Ranks) -> Parts | TokenizerParts:

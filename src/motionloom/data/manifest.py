@@ -145,8 +145,11 @@ class Problems:
         return sum(problem.skipped for problem in self.items)
 
     def counts(self) -> dict[str, int]:
-        """Problems by kind, the most frequent first."""
-        return dict(Counter(problem.kind for problem in self.items).most_common())
+        """Clips by kind of problem, the most frequent first; a problem that left none out counts as one."""
+        found: Counter[str] = Counter()
+        for problem in self.items:
+            found[problem.kind] += max(problem.skipped, 1)
+        return dict(found.most_common())
 
     def lines(self) -> list[str]:
         """One line per problem, then the count: ``skipped 3 of 120 clips: 2 truncated, 1 empty caption``."""

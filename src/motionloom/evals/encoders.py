@@ -257,9 +257,10 @@ def needed(what: str, packages: Sequence[str], extra: str = "judges") -> None:
     """Raises UserError, with the line that installs them, where packages are missing."""
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
-        names = " ".join(package.replace("_", "-") for package in missing)
+        names = [package.replace("_", "-") for package in missing]
         raise UserError(
-            f"{what}: {names} is not installed; pip install {names} (or pip install 'motionloom[{extra}]')"
+            f"{what} needs {' and '.join(names)}: pip install {' '.join(names)} (or pip install "
+            f"'motionloom[{extra}]')"
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from motionloom.tokenizers.scenes import (
     scene_sound,
     scene_spans,
 )
-from motionloom.tokenizers.shipped import shipped_tokenizers, tokenizer_folder
+from motionloom.tokenizers.shipped import NOTE, shipped_tokenizers, tokenizer_folder
 from motionloom.tokenizers.spectral import SpectralAudio
 from motionloom.tokenizers.vae import VaeKind, VaeSettings, VaeTokenizer
 from motionloom.tokenizers.vtp import VTPConfig, VTPModel, VtpTokenizer
@@ -82,10 +83,19 @@ def named_otherwise(config: TokenizerConfig, cached: str) -> str | None:
 
 def needs_clips(config: TokenizerConfig) -> bool:
     """Whether a recipe's tokenizer is to be fitted: one without weights, or a VTP whose latents nobody has
-    measured, as in the released folders."""
-    return not config.name_or_path or (
-        config.type == "vtp" and not (tokenizer_folder(config.name_or_path) / "tokenizer.json").is_file()
-    )
+    measured, as in the released folders.
+
+    Raises:
+        UserError: it is a VTP, and there is none.
+    """
+    if not config.name_or_path:
+        return True
+    if config.type != "vtp":
+        return False
+    folder = tokenizer_folder(config.name_or_path)
+    if not folder.exists():
+        raise _no_tokenizer(folder)
+    return not (folder / NOTE).is_file()
 
 
 def fit_tokenizer(config: TokenizerConfig, clips: Sequence[Tensor]) -> Tokenizer:
@@ -134,7 +144,7 @@ def _settings(folder: Path, config: TokenizerConfig) -> dict[str, Any]:
     """A measured VTP's own, to be run as the recipe says."""
     if needs_clips(config):
         raise _unmeasured(folder)
-    settings = _noted(folder / "tokenizer.json") | {"precision": config.precision}
+    settings = _noted(folder / NOTE) | {"precision": config.precision}
     if config.rope is not None:
         settings["rope"] = config.rope
     del settings["type"]
@@ -148,6 +158,17 @@ def _unmeasured(folder: Path) -> UserError:
     )
 
 
+def _no_tokenizer(folder: Path) -> UserError:
+    known = shipped_tokenizers()
+    near = get_close_matches(str(folder), known, n=1)
+    meant = f"did you mean {near[0]}?" if near else f"name a saved one, or one of {', '.join(known)}"
+    if not folder.exists():
+        return UserError(f"{folder}: no such tokenizer: {meant}")
+    if (folder / "checkpoints").is_dir() or (folder / "manifest.json").is_file():
+        meant = "of a run that trained one, `motionloom convert` makes it"
+    return UserError(f"{folder}: no tokenizer here ({NOTE} is missing): {meant}")
+
+
 def load_tokenizer(folder: str | Path) -> Tokenizer:
     """Read a tokenizer folder, or a VAE's folder in diffusers' layout with the usual settings; or what comes
     with MotionLoom under that name.
@@ -156,7 +177,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         UserError: the folder is missing or is not a tokenizer.
     """
     folder = tokenizer_folder(folder)
-    note = folder / "tokenizer.json"
+    note = folder / NOTE
     if not note.is_file():
         if VTPConfig.is_at(folder):
             raise _unmeasured(folder)
@@ -164,7 +185,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         for vae in VAES.values():
             if vae.vae_class == named:
                 return VaeTokenizer.open(vae, folder, VaeSettings())
-        raise UserError(f"{folder}: no tokenizer here ({note.name} is missing): name a saved one")
+        raise _no_tokenizer(folder)
     settings = _noted(note)
     kind = settings.pop("type")
     if kind in VAES:
@@ -239,7 +260,7 @@ def _saved_audio_kind(folder: Path) -> str:
 
 def _saved_kind(folder: Path) -> str:
     """The type that a folder says it is; empty where it does not say."""
-    note = folder / "tokenizer.json"
+    note = folder / NOTE
     if note.is_file():
         return str(_noted(note)["type"])
     if VTPConfig.is_at(folder):
@@ -266,12 +287,16 @@ def _require_shape(spec: TokenizerSpec, config: TokenizerConfig) -> None:
         "latent_d": (spec.channels, config.latent_d),
         "first_alone": (spec.first_alone, config.first_alone),
     }
-    for key, (has, wants) in pairs.items():
-        if has != wants:
-            raise UserError(
-                f"tokenizer.{key} is {has} in the tokenizer and {wants} in the recipe: set the recipe's to "
-                f"the tokenizer's, or name another tokenizer.name_or_path than {config.name_or_path}"
-            )
+    wrong = {key: (has, wants) for key, (has, wants) in pairs.items() if has != wants}
+    if wrong:
+        told = ", ".join(
+            f"tokenizer.{key} is {has} in the tokenizer and {wants} in the recipe"
+            for key, (has, wants) in wrong.items()
+        )
+        right = " ".join(f"tokenizer.{key}={str(has).lower()}" for key, (has, _) in wrong.items())
+        raise UserError(
+            f"{told}: set {right}, or name another tokenizer.name_or_path than {config.name_or_path}"
+        )
 
 
 __all__ = [
