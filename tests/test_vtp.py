@@ -16,7 +16,14 @@ from motionloom.config.recipe import TokenizerConfig
 from motionloom.errors import UserError
 from motionloom.nn.init import fill
 from motionloom.rng import torch_generator
-from motionloom.tokenizers import fit_tokenizer, load_tokenizer, needs_clips, open_tokenizer
+from motionloom.tokenizers import (
+    PixelsTokenizer,
+    fit_tokenizer,
+    load_tokenizer,
+    needs_clips,
+    open_tokenizer,
+    with_decoder,
+)
 from motionloom.tokenizers.vtp import PRESETS, VTPConfig, VTPModel, VtpTokenizer, Words
 from motionloom.tokenizers.vtp.layers import Drop, Neighbours
 from motionloom.tokenizers.vtp.tokenizer import model_fingerprint, normalised
@@ -297,6 +304,30 @@ def test_streams_are_decoded_as_the_whole_to_the_bit(tokenizer: VtpTokenizer) ->
     whole = tokenizer.decode(z)
     for sizes in ([1] * z.shape[1], [2, z.shape[1] - 2]):
         assert torch.equal(torch.cat(list(tokenizer.stream_decode(z.split(sizes, dim=1))), dim=1), whole)
+
+
+def test_a_tuned_decoder_reads_the_latents_of_a_model(
+    tokenizer: VtpTokenizer, tmp_path: Path
+) -> None:
+    """Its own statistics, of other clips, are not those of the model's latents."""
+    tuned = VTPModel(tokenizer.model.config, rope="fp32")
+    tuned.load_state_dict(tokenizer.model.state_dict())
+    with torch.no_grad():
+        for parameter in tuned.pixel_decoder.parameters():
+            parameter.mul_(1.1)
+    VtpTokenizer.measured(tuned, list(clips(3, 9) // 2)).save(tmp_path / "tuned")
+    swapped = with_decoder(tokenizer, tmp_path / "tuned")
+    latents = tokenizer.encode(clips(2, 5))
+    assert torch.equal(swapped.encode(clips(2, 5)), latents)
+    assert not torch.equal(swapped.decode(latents), tokenizer.decode(latents))
+    same = VtpTokenizer(tuned.eval(), tokenizer.mean_KC.tolist(), tokenizer.std_KC.tolist())
+    assert torch.equal(swapped.decode(latents), same.decode(latents))
+
+    VtpTokenizer.measured(awake(tokenizer.model.config, 2), list(clips(3, 9))).save(tmp_path / "other")
+    with pytest.raises(UserError, match="its encoder makes other latents than the model was trained on"):
+        with_decoder(tokenizer, tmp_path / "other")
+    with pytest.raises(UserError, match="only a VTP can be given the decoder of another"):
+        with_decoder(PixelsTokenizer(), tmp_path / "tuned")
 
 
 def test_a_stream_taken_up_again_gives_the_same_pixels(tokenizer: VtpTokenizer) -> None:

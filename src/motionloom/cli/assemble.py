@@ -49,6 +49,7 @@ from motionloom.tokenizers import (
     needs_clips,
     open_audio_tokenizer,
     open_tokenizer,
+    with_decoder,
 )
 from motionloom.tokenizers.audio import AudioTokenizer
 from motionloom.tokenizers.base import TokenizerSpec
@@ -463,19 +464,29 @@ def open_model(
     *,
     raw: bool = False,
     device: str = "auto",
+    decoder: Path | None = None,
     tell: Callable[[str], object] = lambda note: None,
 ) -> Opened:
     """A model to generate with: a run, a checkpoint, or a recipe that names published weights.
 
+    Args:
+        decoder: a tokenizer of the same latents, to decode with.
+
     Raises:
-        UserError: as :func:`load_model` and :func:`published_model`.
+        UserError: as :func:`load_model`, :func:`published_model` and :func:`with_decoder`.
     """
     if str(what) in packaged_recipes() or Path(what).suffix in (".yaml", ".yml"):
         recipe, notes = load_recipe_with_notes(str(what))
         for note in notes:
             tell(note)
-        return published_model(recipe, str(what), device)
-    return load_model(what, raw=raw, device=device)
+        model = published_model(recipe, str(what), device)
+    else:
+        model = load_model(what, raw=raw, device=device)
+    if decoder is None:
+        return model
+    tokenizer = with_decoder(model.tokenizer, decoder)
+    _move(model.device, tokenizer)
+    return replace(model, tokenizer=tokenizer)
 
 
 def published_model(recipe: Recipe, name: str, device: str = "auto") -> Opened:

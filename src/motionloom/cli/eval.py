@@ -82,14 +82,14 @@ def reconstruction(
     from motionloom.evals.clips import open_set
     from motionloom.evals.tokenizer import DISTANCES, Tools, judge_reconstruction
 
-    job, shape = _Job(out, as_json), reading.shape
+    job, shape, place = _Job(out, as_json), reading.shape, _world(world)
+    coder, clips = _tokenizer(tokenizer, reading.device), open_set(manifest, reading.clips)
     told = Tools(
         job.optional(DISTANCES, extractor, _extractor),
         job.optional("lpips", lpips, open_perceptual),
-        _world(world),
+        place,
         batch=reading.batch,
     )
-    coder, clips = _tokenizer(tokenizer, reading.device), open_set(manifest, reading.clips)
     with job.console.progress("clips") as advance:
         found = judge_reconstruction(coder, clips, shape, told, advance)
     for what, why in found.left_out.items():
@@ -261,6 +261,7 @@ class Sampled:
     guidance: float | None = None
     seed: int = 0
     raw: bool = False
+    decoder: Path | None = None
 
 
 def generation(
@@ -278,13 +279,13 @@ def generation(
     from motionloom.evals.clips import Shape, open_set, read
     from motionloom.evals.generation import judge_generation
 
-    job = _Job(out, as_json)
-    eye, place = job.optional("FID and KID", extractor, _extractor), _world(world)
-    if eye is None and place is None:
-        raise UserError("nothing to judge by: name an --extractor whose package is installed, or --world")
-    model = open_model(run, raw=how.raw, device=reading.device, tell=job.console.note)
+    job, place = _Job(out, as_json), _world(world)
+    model = open_model(run, raw=how.raw, device=reading.device, decoder=how.decoder, tell=job.console.note)
     count = reading.clips or 1
     clips = open_set(manifest, 2 * count)
+    eye = job.optional("FID and KID", extractor, _extractor)
+    if eye is None and place is None:
+        raise UserError("nothing to judge by: name an --extractor whose package is installed, or --world")
     frames, height, width = model.clip_shape
     real = list(read(clips, Shape(frames, (height, width), model.fps)))
     clips.require(real)
@@ -296,6 +297,8 @@ def generation(
     report = judge_generation(made, asked, real, eye, place)
     pairs = [(seen, _over(seen.video_PHW3, video)) for seen, video in zip(asked, made, strict=True)]
     sampling = {"run": str(run), "raw": how.raw, "seed": how.seed, "made": len(made), "real": len(real)}
+    if how.decoder is not None:
+        sampling["decoder"] = model.tokenizer.fingerprint()
     job.finish(report, [clips], sampling, pairs[:24], "real clips over clips made for their captions")
 
 

@@ -25,6 +25,7 @@ def run(
     device: str,
     as_json: bool,
     loras: Sequence[str] = (),
+    decoder: Path | None = None,
 ) -> None:
     """Generate: a file for every prompt, ``clips.json`` that says what each is, and a sheet of all.
 
@@ -32,6 +33,7 @@ def run(
         options: the tree of a request, from the command line; it goes before the file.
         request: a file with one.
         loras: files to add, each with ``:strength`` or without.
+        decoder: a tokenizer of the model's latents, to decode with.
     """
     from motionloom.cli.assemble import open_model
     from motionloom.cli.lora import into_weights
@@ -41,7 +43,7 @@ def run(
     tree = joined(read_tree(request), options) if request is not None else options
     wish = parse_request(tree, "" if request is None else str(request))
     console = Out(as_json)
-    model = open_model(checkpoint, raw=raw, device=device, tell=console.note)
+    model = open_model(checkpoint, raw=raw, device=device, decoder=decoder, tell=console.note)
     into_weights(model, loras)
     if (out / "clips.json").exists():
         raise UserError(f"{out}: holds clips already; name another folder, or delete it")
@@ -57,6 +59,8 @@ def run(
     for clip, file in zip(clips, files, strict=True):
         written.write_clip(file, clip, fps)
     made_by = {"model": str(checkpoint), "raw": raw, "lora": list(loras)}
+    if decoder is not None:
+        made_by["decoder"] = str(decoder)
     written.describe(out, files, wish, prepared, fps, made_by)
     answer: dict[str, Any] = {"clips": [str(file) for file in files], "request": str(out / "clips.json")}
     lines = list(answer["clips"])

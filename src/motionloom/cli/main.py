@@ -59,6 +59,10 @@ def _options(
     """From a folder of captioned clips to a text-to-video model."""
 
 
+Decoder = Annotated[
+    Path | None,
+    typer.Option(metavar="TOKENIZER", help="Decode with it: the model's own after a second stage."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the answer as one JSON object on stdout.")]
 Recipe = Annotated[
     str,
@@ -358,6 +362,7 @@ def generate(
     lora: Annotated[
         Files, typer.Option(metavar="FILE[:STRENGTH]", help="A LoRA to add; repeat for several at once.")
     ] = None,
+    decoder: Decoder = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
     as_json: Json = False,
 ) -> None:
@@ -365,7 +370,9 @@ def generate(
     said = dict(locals())
     from motionloom.cli import generate as command
 
-    command.run(checkpoint, command.request_tree(said), request, out, raw, device, as_json, lora or [])
+    command.run(
+        checkpoint, command.request_tree(said), request, out, raw, device, as_json, lora or [], decoder
+    )
 
 
 @app.command(
@@ -418,6 +425,7 @@ def stream(
     lora: Annotated[
         Files, typer.Option(metavar="FILE[:STRENGTH]", help="A LoRA to add; repeat for several at once.")
     ] = None,
+    decoder: Decoder = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda ...")] = "auto",
     as_json: Json = False,
 ) -> None:
@@ -449,6 +457,7 @@ def stream(
         lead=lead,
         raw=raw,
         loras=tuple(lora or ()),
+        decoder=decoder,
         device=device,
     )
     command.run(checkpoint, wish, as_json)
@@ -671,6 +680,8 @@ def judge_stream(
 
 eval_app = typer.Typer(
     help="Tokenizers, and what generates with them, in numbers: reconstruction, probes, words, FID.",
+    epilog="Example: motionloom eval reconstruction vtp_shapeworld --manifest worlds/small/manifest.jsonl "
+    "--frames 13 --out evaluated/rebuilt",
     no_args_is_help=True,
 )
 app.add_typer(eval_app, name="eval")
@@ -878,6 +889,7 @@ def generation(
     raw: Annotated[
         bool, typer.Option("--raw", help="The last weights instead of the averaged ones.")
     ] = False,
+    decoder: Decoder = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
@@ -885,7 +897,7 @@ def generation(
     from motionloom.cli import eval as command
 
     reading = command.Reading(clips=clips, device=device)
-    how = command.Sampled(steps, guidance, seed, raw)
+    how = command.Sampled(steps, guidance, seed, raw, decoder)
     command.generation(run, manifest, out, reading, how, extractor, world, as_json)
 
 
@@ -938,7 +950,10 @@ def features(
     command.features(tokenizer, manifest, out, reading, view, as_json)
 
 
-@app.command(epilog="Example: motionloom convert Wan2.1-T2V-1.3B models/wan-1.3b --dtype bf16")
+@app.command(
+    epilog="Of a run that trained a tokenizer: motionloom convert runs/vtp_shapeworld my_tokenizer --cache "
+    "caches/pixels. Example: motionloom convert Wan2.1-T2V-1.3B models/wan-1.3b --dtype bf16"
+)
 def convert(
     source: Annotated[
         Path,

@@ -32,6 +32,8 @@ PLANNED = 0.92
 PATIENCE = 1.05
 # Compiling takes about half a minute, which a shorter training never gets back.
 MINUTES_TO_COMPILE = 2.0
+# Of the run whose figures the README has; and below how many it is said that there are fewer.
+README_STEPS, FEW_STEPS = 1180, 900
 
 
 @dataclass(frozen=True)
@@ -130,6 +132,10 @@ def run(
         skipped(diary.console, made.skipped.lines() if len(made.skipped) else [])
     with start_ranks() as ranks:
         recipe = _with_steps(wish, sizes.minutes, overrides, out, ranks, diary)
+        if data is None and recipe.train.max_steps < FEW_STEPS:
+            diary.console.note(
+                f"the README's figures took {README_STEPS} steps: for such clips give more --minutes"
+            )
         parts = _train(recipe, out, ranks, diary)
         page = finish(parts, out, data is None, sizes.prompts, SHOWN, diary)
     diary.console.result({**diary.report, "page": str(page)}, [*_summary(diary.report), f"the page: {page}"])

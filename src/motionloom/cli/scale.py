@@ -34,11 +34,11 @@ def run(study_name: str, out: Path, dry_run: bool, as_json: bool) -> None:
     from motionloom.cli.scale_operations import operations_ahead
     from motionloom.cli.scale_point import Job
     from motionloom.cli.scale_report import listed, write_report
-    from motionloom.config.study import load_study
+    from motionloom.config.study import load_study, packaged_studies
 
     console = Out(as_json)
     study = load_study(study_name)
-    _check(study)
+    _check(study, packaged_studies().get(study_name))
     jobs = [Job(study, point, out, console) for point in study.points()]
     for job in jobs:
         job.check()
@@ -63,7 +63,7 @@ def run(study_name: str, out: Path, dry_run: bool, as_json: bool) -> None:
         raise SystemExit(FAILED)
 
 
-def _check(study: Study) -> None:
+def _check(study: Study, packaged: Path | None) -> None:
     """What would otherwise be found out after the first training."""
     from motionloom.cli import eval as command
     from motionloom.data.shapeworld import PRESETS
@@ -73,7 +73,8 @@ def _check(study: Study) -> None:
         raise UserError("motionloom scale trains in one process: run it without torchrun")
     for key in ("train", "test"):
         if not Path(getattr(study, key)).is_file():
-            raise UserError(f"{key} {getattr(study, key)}: no such manifest; name a manifest.jsonl")
+            fix = f"the first lines of {packaged} say how it is made" if packaged else "name a manifest.jsonl"
+            raise UserError(f"{key} {getattr(study, key)}: no such manifest; {fix}")
     if study.world and study.world not in PRESETS:
         raise UserError(f"world {study.world}: choose {', '.join(PRESETS)}")
     if study.extractor not in ("auto", "none"):

@@ -61,6 +61,7 @@ class Wish:
     lead: float | None = None
     raw: bool = False
     loras: tuple[str, ...] = ()
+    decoder: Path | None = None
     device: str = "auto"
 
 
@@ -113,7 +114,7 @@ def _open(checkpoint: Path, wish: Wish, console: Out) -> tuple[Model, Ask, Sampl
     said = {"size": wish.size, "fps": wish.fps, "steps": wish.steps, "solver": wish.solver}
     said |= {"prompt": wish.prompt or ""}
     request = parse_request({key: value for key, value in said.items() if value is not None})
-    model = open_model(checkpoint, raw=wish.raw, device=wish.device, tell=console.note)
+    model = open_model(checkpoint, raw=wish.raw, device=wish.device, decoder=wish.decoder, tell=console.note)
     if "video" not in model.modalities:
         raise UserError(
             f"{checkpoint}: makes sound alone, and a film needs pictures: use motionloom generate"

@@ -88,6 +88,8 @@ def needs_clips(config: TokenizerConfig) -> bool:
     Raises:
         UserError: it is a VTP, and there is none.
     """
+    if config.type == "pixels":
+        return False
     if not config.name_or_path:
         return True
     if config.type != "vtp":
@@ -124,6 +126,9 @@ def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
     Raises:
         UserError: it is missing or damaged, of another type, or of another shape than the recipe says.
     """
+    if config.type == "pixels" and not config.name_or_path:
+        _require_shape(PixelsTokenizer.spec, config)
+        return PixelsTokenizer()
     folder = tokenizer_folder(config.name_or_path)
     kind = _saved_kind(folder)
     if kind and kind != config.type:
@@ -199,6 +204,24 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
             f"{note}: type {kind!r} is unknown: this version has {', '.join([*TOKENIZERS, 'vtp', *VAES])}"
         )
     return TOKENIZERS[kind].load(folder, settings)
+
+
+def with_decoder(tokenizer: Tokenizer, folder: str | Path) -> Tokenizer:
+    """A tokenizer whose latents are decoded by what the second stage of training made of its decoder.
+
+    Raises:
+        UserError: there is no tokenizer, or one of other latents.
+    """
+    other = load_tokenizer(folder)
+    if not (isinstance(tokenizer, VtpTokenizer) and isinstance(other, VtpTokenizer)):
+        raise UserError(f"{folder}: only a VTP can be given the decoder of another VTP: leave it out")
+    try:
+        return tokenizer.decoded_by(other)
+    except ValueError as error:
+        raise UserError(
+            f"{folder}: {error} than the model was trained on: name what `train vtp_decoder` made of its own "
+            "tokenizer"
+        ) from None
 
 
 def fit_audio_tokenizer(config: AudioConfig, sounds: Sequence[Tensor], sample_rate: int) -> AudioTokenizer:
@@ -332,4 +355,5 @@ __all__ = [
     "shipped_tokenizers",
     "shots_alone",
     "tokenizer_folder",
+    "with_decoder",
 ]

@@ -26,6 +26,7 @@ from motionloom.durable import write_atomic
 from motionloom.errors import UserError
 from motionloom.tokenizers import checks, diffusers_folder
 from motionloom.tokenizers.base import TokenizerSpec
+from motionloom.tokenizers.vtp.config import VTPConfig
 from motionloom.tokenizers.vtp.model import MEAN, STD, VTPModel
 from motionloom.tokenizers.vtp.towers import DecoderMemory
 from motionloom.tokenizers.vtp.words import WORDS, Words
@@ -137,6 +138,22 @@ class VtpTokenizer:
         self.model.to(device)
         return self
 
+    def decoded_by(self, other: VtpTokenizer) -> VtpTokenizer:
+        """This tokenizer with the decoder of another one: latents stay what they are, to the bit.
+
+        Raises:
+            ValueError: the other one's encoder makes other latents.
+        """
+        mine, theirs = self.model, other.model
+        if (
+            self.settings != other.settings
+            or _of_latents(mine.config) != _of_latents(theirs.config)
+            or not _same(mine.trunk.state_dict(), theirs.trunk.state_dict())
+        ):
+            raise ValueError("its encoder makes other latents")
+        mean, std = self.mean_KC.tolist(), self.std_KC.tolist()
+        return VtpTokenizer(theirs, mean, std, self.settings.precision, other._folder)
+
     def words(self) -> Words:
         """What turns texts into the model's tokens.
 
@@ -231,6 +248,15 @@ class VtpTokenizer:
     def _precision(self) -> torch.autocast:
         on = self.settings.precision == "bf16"
         return torch.autocast(self.device.type, torch.bfloat16, enabled=on)
+
+
+def _of_latents(config: VTPConfig) -> dict[str, Any]:
+    ours = ("vision_", "temporal_", "conv_")
+    return {name: value for name, value in asdict(config).items() if name.startswith(ours)}
+
+
+def _same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name].cpu(), b[name].cpu()) for name in a)
 
 
 def model_fingerprint(model: VTPModel, precision: Precision) -> str:
