@@ -585,6 +585,10 @@ def test_a_power_law_is_the_nearest_in_logarithms() -> None:
 def test_a_power_law_needs_three_budgets_and_losses_above_nothing() -> None:
     assert power_law([1, 2, 2], [3, 2, 2]) is None
     assert power_law([1, 2, 3], [3, -1, 2]) is None
+    # Seeds of one budget, whose vocabularies differ by a word.
+    assert power_law([2.3938e13, 2.3942e13, 2.3935e13], [0.48, 0.40, 0.46]) is None
+    # Steeper than any number says.
+    assert power_law([1e30, 1.2e30, 1.5e30], [1.0, 1e-30, 1e-60]) is None
     law = power_law([1, 2, 3, 4], [1, 1 / 2, float("nan"), 1 / 4])
     assert law is not None
     assert (law.b, law.points) == (pytest.approx(-1), 3)

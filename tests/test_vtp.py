@@ -306,9 +306,7 @@ def test_streams_are_decoded_as_the_whole_to_the_bit(tokenizer: VtpTokenizer) ->
         assert torch.equal(torch.cat(list(tokenizer.stream_decode(z.split(sizes, dim=1))), dim=1), whole)
 
 
-def test_a_tuned_decoder_reads_the_latents_of_a_model(
-    tokenizer: VtpTokenizer, tmp_path: Path
-) -> None:
+def test_a_tuned_decoder_reads_the_latents_of_a_model(tokenizer: VtpTokenizer, tmp_path: Path) -> None:
     """Its own statistics, of other clips, are not those of the model's latents."""
     tuned = VTPModel(tokenizer.model.config, rope="fp32")
     tuned.load_state_dict(tokenizer.model.state_dict())

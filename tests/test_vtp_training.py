@@ -208,7 +208,7 @@ def test_contrast_in_chunks_is_contrast_at_once(cache: Cache) -> None:
         loss.backward()
         found.append((loss, {n: p.grad for n, p in parts.model.named_parameters() if p.grad is not None}))
     (loss, grads), (loss_too, grads_too) = found
-    assert float(loss) == pytest.approx(float(loss_too), abs=1e-6)
+    assert loss.item() == pytest.approx(loss_too.item(), abs=1e-6)
     assert {n for n, g in grads.items() if g.any()} == {n for n, g in grads_too.items() if g.any()}
     for name, grad in grads_too.items():
         # By their size: what single precision leaves of an embedding's gradients is more than 1e-6.

@@ -20,6 +20,8 @@ from motionloom.train.method import Method, StepContext, all_modules
 
 FEWEST = 3
 """Budgets that a power law is fitted to."""
+APART = 1.1
+"""The least ratio of two budgets."""
 
 
 def step_operations(method: Method, batch: Batch, seed: int, device: torch.device) -> int:
@@ -61,19 +63,27 @@ def power_law(operations: Sequence[float], losses: Sequence[float]) -> PowerLaw 
     """The power law nearest by least squares of log loss over log operations.
 
     Losses of 0 or less, and what is not finite, have no place on it and are left out. None where fewer than
-    `FEWEST` different numbers of operations remain.
+    `FEWEST` numbers of operations remain that lie `APART`: those of seeds differ by a word of the vocabulary.
     """
     usable = [
         (math.log(x), math.log(y))
         for x, y in zip(operations, losses, strict=True)
         if x > 0 and y > 0 and math.isfinite(x) and math.isfinite(y)
     ]
-    if len({x for x, _ in usable}) < FEWEST:
+    budgets: list[float] = []
+    for x, _ in sorted(usable):
+        if not budgets or x > budgets[-1] + math.log(APART):
+            budgets.append(x)
+    if len(budgets) < FEWEST:
         return None
     x_N, y_N = np.asarray(usable, np.float64).T
     away_N = x_N - x_N.mean()
     b = float((away_N * (y_N - y_N.mean())).sum() / np.square(away_N).sum())
-    return PowerLaw(math.exp(float(y_N.mean()) - b * float(x_N.mean())), b, len(usable))
+    try:
+        a = math.exp(float(y_N.mean()) - b * float(x_N.mean()))
+    except OverflowError:
+        return None
+    return PowerLaw(a, b, len(usable))
 
 
 def as_loss(figure: str, value: float) -> float:
