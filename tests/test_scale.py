@@ -628,6 +628,15 @@ def test_every_line_is_drawn_however_many() -> None:
     assert line_chart(lines, "step").count("<polyline") == 7
 
 
+def test_equal_efforts_stand_side_by_side() -> None:
+    """Operations of two variants that differ by a thousandth, on an axis of a factor of four."""
+    ends = {"rec": [(2.384e13, 0.5)], "all": [(2.386e13, 0.6)]}
+    svg = line_chart(ends, "operations", log_x=True, dots=ends)
+    first, second = (float(x) for x in re.findall(r'<circle cx="([\d.]+)"', svg))
+    assert 0 < second - first < 2
+    assert "operations 1.192e+13" in svg
+
+
 def test_every_line_of_a_report_is_of_points_that_came_to_an_end(world: Path, tmp_path: Path) -> None:
     """Three budgets on an exact power law, one failed point, and means over two seeds."""
     budgets = {f"{n}x": {"train.max_steps": n} for n in (1, 2, 4)}

@@ -76,6 +76,7 @@ def write_page(page: Page, path: Path) -> None:
 
 COLORS = ("#2c62ee", "#e2322f", "#1a7f4b", "#b06a00")
 LEFT, RIGHT, TOP, BOTTOM = 52.0, 12.0, 26.0, 24.0
+LEAST_FACTOR = 4.0
 """Margins of a chart: for the y axis, the end of the x axis, the legend and the x axis."""
 Line = Sequence[tuple[float, float]]
 """Points (x, y)."""
@@ -93,7 +94,8 @@ def line_chart(
     """An inline SVG of (x, y) lines on common axes, y from 0; non-finite points are left out.
 
     Args:
-        log_x: a logarithmic x axis; points at 0 or less are left out.
+        log_x: a logarithmic x axis, which spans a factor of 4 at least, so that equal efforts stand side by
+            side; points at 0 or less are left out.
         dots: what is marked beside each line, by its name and in its colour.
     """
     points = {name: _shown(line, log_x) for name, line in lines.items()}
@@ -102,8 +104,12 @@ def line_chart(
     every = [point for line in (*points.values(), *marked.values()) for point in line]
     scale = log10 if log_x else float
     xs, ys = [x for x, _ in every] or [1.0, 2.0], [y for _, y in every] or [1.0]
-    x_low, y_low = scale(min(xs)), min(0.0, *ys)
-    x_span, y_span = (scale(max(xs)) - x_low) or 1.0, (max(ys) - y_low) or 1.0
+    left, end = min(xs), max(xs)
+    if log_x and end < LEAST_FACTOR * left:
+        middle = (left * end) ** 0.5
+        left, end = middle / LEAST_FACTOR**0.5, middle * LEAST_FACTOR**0.5
+    x_low, y_low = scale(left), min(0.0, *ys)
+    x_span, y_span = (scale(end) - x_low) or 1.0, (max(ys) - y_low) or 1.0
     right, bottom = width - RIGHT, height - BOTTOM
 
     def across(x: float) -> float:
@@ -117,9 +123,9 @@ def line_chart(
         y = f"{down(value):.1f}"
         parts.append(f'<line class="axis" x1="{LEFT}" x2="{right}" y1="{y}" y2="{y}"/>')
         parts.append(f'<text x="4" y="{down(value) + 4:.1f}">{value:.3g}</text>')
-    parts.append(f'<text x="{LEFT}" y="{height - 6}">{escape(x_name)} {min(xs):.4g}</text>')
+    parts.append(f'<text x="{LEFT}" y="{height - 6}">{escape(x_name)} {left:.4g}</text>')
     how = " (logarithmic)" if log_x else ""
-    parts.append(f'<text x="{right}" y="{height - 6}" text-anchor="end">{max(xs):.4g}{how}</text>')
+    parts.append(f'<text x="{right}" y="{height - 6}" text-anchor="end">{end:.4g}{how}</text>')
     legend = LEFT
     for (name, line), color in zip(points.items(), cycle(COLORS), strict=False):
         path = " ".join(f"{across(x):.1f},{down(y):.1f}" for x, y in line)
