@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from laid import EXPAND, FIRST_FRAME, lay, noised, read_video
 from motionloom.backbones import BACKBONES, build_backbone
+from motionloom.backbones.base import LatentFacing
 from motionloom.backbones.factorized import Block
 from motionloom.config.recipe import ModelConfig
 from motionloom.nn.windows import window_side
@@ -395,6 +396,23 @@ def test_within_windows_places_are_relative_and_matter():
     still = run(0.0, torch.arange(16))
     torch.testing.assert_close(run(200.0, torch.arange(16)), still, rtol=0, atol=1e-4)
     assert (run(0.0, order)[:, :, order] - still).abs().mean() > 1e-3
+
+
+@every_backbone
+def test_the_layers_that_latents_go_through_are_named(kind: str) -> None:
+    """They are those whose shape is the latents'; nothing else of a model depends on them."""
+    sound = {"audio_dim": 16} if kind == "joint" else {}
+    config = ModelConfig(type=kind, dim=24, depth=1, num_heads=2, **sound)
+
+    def shapes(channels: int) -> dict[str, torch.Size]:
+        model = build_backbone(config, channels, TEXT_DIM, audio_channels=channels if sound else 0)
+        assert isinstance(model, LatentFacing)
+        return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+    few, many = shapes(CHANNELS), shapes(CHANNELS + 1)
+    layers = {name.rpartition(".")[0] for name in few if few[name] != many[name]}
+    model = build_backbone(config, CHANNELS, TEXT_DIM, audio_channels=CHANNELS if sound else 0)
+    assert layers == set(model.latent_layers)
 
 
 @pytest.mark.parametrize("kind", ["factorized", "lightning"])

@@ -14,16 +14,19 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from motionloom.errors import UserError
 from motionloom.methods import Denoise
+from motionloom.parallel import Ranks
 from motionloom.plans import TextToVideo
 from motionloom.text import load_text_encoder
 from motionloom.text.hash import HashEncoder
 from motionloom.train import checkpoint
 from motionloom.train.checkpoint import Contents
+from motionloom.train.snapshot import start_from
 from motionloom.train.tensors import TensorFile
-from toy_training import Listener, Regression, ToyBackbone, metrics, toy_recipe, toy_trainer
+from toy_training import WIDTH, Listener, Regression, ToyBackbone, metrics, toy_recipe, toy_trainer
 
 
 class Killed(BaseException):
@@ -348,6 +351,25 @@ def test_init_from_takes_averaged_weights_into_a_new_run(tmp_path: Path) -> None
     differ = [n for n, t in old.tensors("ema").items() if not torch.equal(t, old.tensors("model")[n])]
     assert differ, "the averages must differ from the weights for this to prove anything"
     assert trainer.state.samples == 4
+
+
+def test_init_from_goes_on_with_latents_of_another_shape(tmp_path: Path) -> None:
+    """The layers that latents go through begin anew; all others, and what of them has its shape, go on."""
+    first = checkpoint.load(run(tmp_path / "a", max_steps=20))
+    text = HashEncoder(4, 64, 5, seed=0, trainable=True)
+    swapped = ToyBackbone(seed=1)
+    swapped.tokens, swapped.out = nn.Linear(5, WIDTH), nn.Linear(WIDTH, 5)
+    modules = {"backbone": swapped, "text_encoder": text}
+    before = {name: t.clone() for name, t in swapped.state_dict().items()}
+    with pytest.raises(UserError, match=r"backbone\.tokens\.weight has shape .*: use the recipe"):
+        start_from(first.folder, modules, Ranks())
+    swapped.latent_layers = ("tokens", "out")  # type: ignore[assignment]
+    told = start_from(first.folder, modules, Ranks())
+    assert told == "step 20; 3 tensors are new: backbone.out, backbone.tokens.weight"
+    new = {"tokens.weight", "out.weight", "out.bias"}
+    for name, tensor in swapped.state_dict().items():
+        wanted = before[name] if name in new else first.tensors("ema")[f"backbone.{name}"]
+        assert torch.equal(tensor, wanted), name
 
 
 def test_a_checkpoint_carries_its_text_encoder(tmp_path: Path) -> None:

@@ -53,6 +53,14 @@ class Growing(Protocol):
 
 
 @runtime_checkable
+class LatentFacing(Protocol):
+    """A module that can go on from its own weights with the latents of another tokenizer."""
+
+    latent_layers: tuple[str, ...]
+    """The layers that latents go through, by name: where latents have another shape these begin anew."""
+
+
+@runtime_checkable
 class CachingBackbone(Backbone, Protocol):
     """A backbone that makes a clip chunk by chunk, reading the past from a cache.
 

@@ -167,6 +167,7 @@ class Factorized(nn.Module):
     """
 
     modalities: tuple[str, ...] = ("video",)
+    latent_layers = ("entry.video", "exit.out")
 
     def __init__(self, config: ModelConfig, latent_channels: int, text_dim: int) -> None:
         super().__init__()

@@ -87,6 +87,8 @@ class Joint(nn.Module):
         audio_channels: of a latent of sound; read where ``config.audio_dim`` asks for sound.
     """
 
+    latent_layers = ("entry.video", "exit.out", "audio_entry.sound", "audio_exit.out")
+
     def __init__(
         self, config: ModelConfig, latent_channels: int, text_dim: int, audio_channels: int = 0
     ) -> None:

@@ -206,6 +206,7 @@ class Lightning(nn.Module):
     modalities: tuple[str, ...] = ("video",)
     words_first = True
     """Words are in the tokens before they look at each other: one block carries them a step further."""
+    latent_layers = ("entry.proj", "exit.out")
 
     def __init__(
         self, sizes: LightningSizes, *, checkpoint_blocks: bool = False, dropout: float = 0.0

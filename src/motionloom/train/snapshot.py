@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import motionloom
+from motionloom.backbones.base import LatentFacing
 from motionloom.backbones.growing import branches, lacking
 from motionloom.config.keys import flatten
 from motionloom.config.load import dump_recipe, load_recipe
@@ -146,7 +147,8 @@ class Snapshots:
 
 def start_from(path: Path, modules: Mapping[str, nn.Module], ranks: Ranks) -> str:
     """``train.init_from``: weights of a checkpoint (averaged ones if it has them) into modules; returns its
-    step, and what of the modules it lacks and keeps its first values.
+    step, and what of the modules keeps its first values: what the checkpoint lacks, and of the layers that
+    latents go through what is of another shape there.
 
     Raises:
         UserError: as ``checkpoint.load``, or it is of another model.
@@ -159,6 +161,26 @@ def start_from(path: Path, modules: Mapping[str, nn.Module], ranks: Ranks) -> st
         for top, module in modules.items()
         for name in lacking(module, {n.removeprefix(f"{top}.") for n in weights if n.startswith(f"{top}.")})
     } & targets.keys()
-    fill({name: t for name, t in targets.items() if name not in new}, weights, f"{saved.folder}")
+    reshaped = _reshaped(modules, targets, weights)
+    new |= reshaped
+    usable = Renamed(weights, {name: name for name in weights if name not in reshaped})
+    fill({name: t for name, t in targets.items() if name not in new}, usable, f"{saved.folder}")
     told = f"; {len(new)} tensors are new: {', '.join(branches(new, targets))}" if new else ""
     return f"step {saved.step}{told}"
+
+
+def _reshaped(
+    modules: Mapping[str, nn.Module], targets: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+) -> set[str]:
+    """Of the layers that latents go through, the tensors whose shape is another one in ``weights``."""
+    facing = [
+        f"{top}.{layer}."
+        for top, module in modules.items()
+        if isinstance(module, LatentFacing)
+        for layer in module.latent_layers
+    ]
+    return {
+        name
+        for name in targets.keys() & weights.keys()
+        if name.startswith(tuple(facing)) and weights[name].shape != targets[name].shape
+    }
