@@ -173,7 +173,7 @@ def test_bad_rows_are_skipped_listed_and_counted(tokenizer: Path, tmp_path: Path
     assert fault(report, "db/00000008") == "its prompt is not UTF-8"
     assert fault(report, str(folder)) == "latents_shape counts 3 rows more than there are"
     assert report.lines()[-1] == (
-        "skipped 11 of 13 clips: 3 missing key, 2 NaN latents, 1 duplicate prompt, 1 truncated, 1 too long, "
+        "skipped 11 of 13 clips: 5 missing key, 2 NaN latents, 1 duplicate prompt, 1 truncated, 1 too long, "
         "1 unreadable prompt"
     )
     assert len((tmp_path / "cache" / "skipped.jsonl").read_text().splitlines()) == 9
