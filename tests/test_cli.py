@@ -486,6 +486,9 @@ def test_the_quickstart_on_shapeworld(workshop: dict[str, Answer]) -> None:
     assert again.value["clips"] == {"cached": 20, "skipped": 0}
     assert again.value["seconds"]["train"] >= report["seconds"]["train"]
     assert again.value["seconds"]["calibrate"] == report["seconds"]["calibrate"]
+    # A path that was a slip does not keep a folder from the right one.
+    assert call("quickstart", "--data", "nowhere", "--out", "runs/slip", *TINY).code == 2
+    assert not Path("runs/slip/clips.txt").exists()
     # Other clips are none of its business, and are refused before anything in it changes.
     before = {path: path.read_bytes() for path in Path("runs/world").rglob("*") if path.is_file()}
     other = call("quickstart", "--data", "my_clips", *small)

@@ -280,12 +280,12 @@ def generation(
     from motionloom.evals.generation import judge_generation
 
     job, place = _Job(out, as_json), _world(world)
-    model = open_model(run, raw=how.raw, device=reading.device, decoder=how.decoder, tell=job.console.note)
-    count = reading.clips or 1
-    clips = open_set(manifest, 2 * count)
     eye = job.optional("FID and KID", extractor, _extractor)
     if eye is None and place is None:
         raise UserError("nothing to judge by: name an --extractor whose package is installed, or --world")
+    model = open_model(run, raw=how.raw, device=reading.device, decoder=how.decoder, tell=job.console.note)
+    count = reading.clips or 1
+    clips = open_set(manifest, 2 * count)
     frames, height, width = model.clip_shape
     real = list(read(clips, Shape(frames, (height, width), model.fps)))
     clips.require(real)

@@ -118,13 +118,15 @@ def run(
     )
     wish.recipe()  # what is wrong with it is said before anything is made
     diary = Diary(Out(as_json), new_folder(out))
-    _refuse_other_clips(data, out)
+    note, whose = out / "clips.txt", "ShapeWorld" if data is None else str(data.resolve())
+    _refuse_others(note, whose)
     if data is None:
         with diary.stage("world", f"{sizes.clips} captioned clips of ShapeWorld"):
             entries = _world(wish.recipe(), sizes.clips, out, diary)
     else:
         with diary.stage("ingest", f"clips in {data}"):
             wish, entries = _own_clips(data, wish, out, keep, diary)
+    write_atomic(note, whose.encode())  # not before there are any: a path may be a slip
     recipe = wish.recipe()
     with diary.stage("cache", "pixels to latents"), diary.console.stages() as advance:
         made = build_cache(recipe, entries, out / "cache", on_progress=advance)
@@ -145,16 +147,14 @@ def run(
         webbrowser.open(page.resolve().as_uri())
 
 
-def _refuse_other_clips(data: Path | None, out: Path) -> None:
-    """Write down whose clips a folder is for. Raises UserError, before anything in it changes, if others."""
-    note, mine = out / "clips.txt", "ShapeWorld" if data is None else str(data.resolve())
-    theirs = note.read_text() if note.is_file() else mine
-    if theirs != mine:
+def _refuse_others(note: Path, whose: str) -> None:
+    """Raises UserError where a run folder's note says that it holds a run on other clips."""
+    theirs = note.read_text() if note.is_file() else whose
+    if theirs != whose:
         raise UserError(
-            f"{out}: holds a run on {theirs}, not on {mine}: name a folder of its own with --out "
+            f"{note.parent}: holds a run on {theirs}, not on {whose}: name a folder of its own with --out "
             "(of make: OUT=...)"
         )
-    write_atomic(note, mine.encode())
 
 
 def _summary(report: dict[str, Any]) -> list[str]:
