@@ -83,7 +83,7 @@ def named_otherwise(config: TokenizerConfig, cached: str) -> str | None:
 
 def needs_clips(config: TokenizerConfig) -> bool:
     """Whether a recipe's tokenizer is to be fitted: one without weights, or a VTP whose latents nobody has
-    measured, as in the released folders.
+    measured, as in the released folders. Pixels have nothing to fit.
 
     Raises:
         UserError: it is a VTP, and there is none.
@@ -317,9 +317,8 @@ def _require_shape(spec: TokenizerSpec, config: TokenizerConfig) -> None:
             for key, (has, wants) in wrong.items()
         )
         right = " ".join(f"tokenizer.{key}={str(has).lower()}" for key, (has, _) in wrong.items())
-        raise UserError(
-            f"{told}: set {right}, or name another tokenizer.name_or_path than {config.name_or_path}"
-        )
+        other = f", or name another tokenizer.name_or_path than {config.name_or_path}"
+        raise UserError(f"{told}: set {right}{other if config.name_or_path else ''}")
 
 
 __all__ = [
