@@ -485,6 +485,9 @@ def test_buckets_of_size_and_length(tmp_path: Path) -> None:
     }
     assert cache.row(0).latents_FhwC.shape == (2, 4, 8, 12)
     assert cache.verify() == []
+    order, tokenizer = [5, 2, 3, 4, 0, 6, 1, 1], cache.tokenizer()
+    for row, pixels in zip(cache.rows(order), cache.decoded(order, tokenizer), strict=True):
+        assert torch.equal(pixels, row.decode(tokenizer))
 
 
 def test_stride_takes_every_nth_frame(tmp_path: Path) -> None:

@@ -83,6 +83,4 @@ def _clips(cache: Cache) -> Iterator[Tensor]:
     from motionloom.rng import key_to_seed
 
     numbers = sorted(range(len(cache)), key=lambda n: key_to_seed("fit", cache.ids[n]))[:MEASURED_CLIPS]
-    pixels = cache.tokenizer()
-    for number in numbers:
-        yield cache.row(number).decode(pixels)
+    yield from cache.decoded(numbers, cache.tokenizer())

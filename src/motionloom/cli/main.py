@@ -68,8 +68,8 @@ Recipe = Annotated[
     str,
     typer.Argument(
         metavar="RECIPE",
-        help="A YAML file, or the name of one that comes along: quickstart, clips, shapeworld, lightning, "
-        "causal, factorized_256; first_frame, keyframes, extend, extend_back, inpaint, outpaint, conditions, "
+        help="A YAML file, or the name of one that comes along: quickstart, quickstart_vtp, clips, shapeworld, "
+        "lightning, causal, factorized_256; first_frame, keyframes, extend, extend_back, inpaint, outpaint, conditions, "
         "ic_lora; scenes, scenes_pretrain, scenes_sft, scenes_lora; sound, t2av, v2a, a2v, t2a, "
         "audio_extend, audio_inpaint, a2a, av2av; lora_shape, lora_wan, "
         "lora_cogvideox, lora_ltx2; endless, causal_teacher, causvid_ode, causvid_dmd, self_forcing, "

@@ -109,7 +109,7 @@ def run(
     from motionloom.data.cache import build_cache, open_cache
     from motionloom.parallel import start_ranks
 
-    name = "quickstart" if data is None else "clips"
+    name = "quickstart_vtp" if data is None else "clips"
     # As JSON, so that YAML does not read a folder named 7 as a number.
     folder, run_name = json.dumps(str(out.parent)), json.dumps(out.name)
     compiles = () if sizes.minutes >= MINUTES_TO_COMPILE else ("train.compile=false",)
@@ -163,6 +163,8 @@ def _summary(report: dict[str, Any]) -> list[str]:
     if adherence := report.get("prompt_adherence"):
         rates = ", ".join(f"{name} {rate:.0%}" for name, rate in adherence.items())
         lines.append(f"as asked: {rates} ({report['protocol']})")
+        if "all" in (new := report.get("unseen_by_the_tokenizer_too", {})):
+            lines.append(f"of the {new['prompts']} that are new to the tokenizer too: all {new['all']:.0%}")
     if losses := report["heldout_loss"]:
         lines.append(f"held-out loss {losses['first']:.3f} -> {losses['last']:.3f}")
     stages = ", ".join(f"{name} {duration(seconds)}" for name, seconds in report["seconds"].items())

@@ -7,7 +7,6 @@ import platform
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from motionloom.cli.assemble import Parts
     from motionloom.cli.quickstart import Diary
     from motionloom.data.shapeworld import Facts, World
+    from motionloom.evals.adherence import Adherence
     from motionloom.generate import Model
     from motionloom.studio.page import Chart, Sample
 
@@ -122,6 +122,7 @@ def _judge(model: Model, wishes: Wishes, clips: list[np.ndarray], diary: Diary) 
 
     from motionloom.data.shapeworld import facts, render_video
     from motionloom.evals.adherence import PROTOCOL, judge
+    from motionloom.tokenizers import needs_clips
 
     world = wishes.world
     assert world is not None
@@ -132,6 +133,8 @@ def _judge(model: Model, wishes: Wishes, clips: list[np.ndarray], diary: Diary) 
         k: v for k, v in rates.items() if k not in diary.report["prompt_adherence"]
     }
     diary.report["protocol"] = f"{PROTOCOL}, {len(clips)} prompts of held-out combinations, EMA weights"
+    if not needs_clips(model.recipe.tokenizer):
+        diary.report["unseen_by_the_tokenizer_too"] = _new_to_the_tokenizer(result, wishes.facts)
     specs = [world.sample(model.recipe.seed, n, "test") for n in range(len(clips))]
     real = torch.stack([torch.from_numpy(render_video(spec)) for spec in specs])
     rebuilt = model.tokenizer.decode(model.tokenizer.encode(real))
@@ -140,23 +143,29 @@ def _judge(model: Model, wishes: Wishes, clips: list[np.ndarray], diary: Diary) 
     return [{name: clip[name] for name in ("color", "shape", "motion")} for clip in result.obeyed]
 
 
+def _new_to_the_tokenizer(result: Adherence, facts: list[Facts]) -> dict[str, float]:
+    """Of the prompts whose combinations the full world holds out as well.
+
+    A tokenizer that came trained on that world has seen clips and captions of the others.
+    """
+    from motionloom.data.shapeworld import World
+
+    held_out = World.full().combinations("test")
+    some = result.of([what.objects[0].combination in held_out for what in facts])
+    rates = {"all": round(some.rates()["all"], 4)} if some.obeyed else {}
+    return {"prompts": len(some.obeyed), **rates}
+
+
 def _nearest(parts: Parts, model: Model, clips: list[np.ndarray]) -> list[Near]:
     """For each sample the closest training clip: its pixels, caption and distance."""
     import torch
 
     from motionloom.evals.nearest import nearest_clips
 
-    rows = parts.loader.row_numbers()
-
-    def decoded(numbers: Sequence[int]) -> list[Tensor]:
-        return [row.decode(model.tokenizer) for row in parts.cache.rows(numbers)]
-
-    def training() -> Any:
-        for start in range(0, len(rows), 256):
-            yield from decoded(rows[start : start + 256])
-
-    found = nearest_clips([torch.from_numpy(clip) for clip in clips], training())
-    best = decoded([rows[n.index] for n in found])
+    rows = sorted(parts.loader.row_numbers(), key=parts.cache.bucket_of)
+    samples = [torch.from_numpy(clip) for clip in clips]
+    found = nearest_clips(samples, parts.cache.decoded(rows, model.tokenizer))
+    best = list(parts.cache.decoded([rows[n.index] for n in found], model.tokenizer))
     names = [" | ".join(row["captions"]) for row in parts.cache.metadata([rows[n.index] for n in found])]
     return [Near(clip, name, n.distance) for clip, name, n in zip(best, names, found, strict=True)]
 

@@ -35,6 +35,10 @@ class Adherence:
         together = [all(clip[name] for name in JUDGED) for clip in self.obeyed]
         return {**rates, "all": float(np.mean(together))}
 
+    def of(self, which: Sequence[bool]) -> Adherence:
+        """The same of some of the clips."""
+        return Adherence(tuple(clip for clip, wanted in zip(self.obeyed, which, strict=True) if wanted))
+
 
 def held_out_prompts(world: World, count: int, seed: int) -> list[tuple[str, Facts]]:
     """Prompts of one object, of combinations that the training split never holds.

@@ -151,12 +151,10 @@ def sheet_clips(cache: Cache, most: int = 24) -> tuple[list[Any], list[str]]:
     """Decoded clips spread evenly over a cache, with their captions: what training really sees."""
     tokenizer = cache.tokenizer()
     seen = [n for n in range(len(cache)) if not cache.bucket_of(n).is_sound]
-    rows = torch.linspace(0, len(seen) - 1, min(most, len(seen))).round().long().tolist()
-    clips, captions = [], []
-    for row in cache.rows(seen[n] for n in rows):
-        clips.append(row.decode(tokenizer).numpy())
-        captions.append(" | ".join(row.captions))
-    return clips, captions
+    places = torch.linspace(0, len(seen) - 1, min(most, len(seen))).round().long().tolist()
+    rows = [seen[n] for n in places]
+    clips = [clip_PHW3.numpy() for clip_PHW3 in cache.decoded(rows, tokenizer)]
+    return clips, [" | ".join(row["captions"]) for row in cache.metadata(rows)]
 
 
 def inspect_tokenizer(recipe: Recipe, model: VTPModel) -> dict[str, Any]:

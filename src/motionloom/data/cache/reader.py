@@ -35,6 +35,8 @@ _COLUMNS = ("id", "clip", "crop", "bucket", "captions", "wordings", "scene_frame
 # In the tables that have them.
 _BESIDE = ("sound_latents", "reference_grid", "reference_caption", "reference_sound_latents", "masked")
 _ITEM = np.dtype(np.float16)
+PIXELS_AT_ONCE = 2**20
+"""How many are decoded together: of small clips a call costs more than the work."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,14 @@ class Cache:
         told = [{**row, "bucket": Bucket.parse(row["bucket"])} for row in self.metadata(numbers)]
         latents = [torch.from_numpy(x.astype(np.float32)) for x in self.latents(numbers)]
         return [Row(**row, latents_FhwC=x_FhwC) for row, x_FhwC in zip(told, latents, strict=True)]
+
+    def decoded(self, numbers: Iterable[int], tokenizer: Tokenizer) -> Iterator[Tensor]:
+        """What :meth:`Row.decode` gives, for each of these rows in order; neighbours alike go together."""
+        for bucket, alike in itertools.groupby(numbers, key=self.bucket_of):
+            at_once = max(1, PIXELS_AT_ONCE // (bucket.frames * bucket.height * bucket.width or 1))
+            while some := self.rows(itertools.islice(alike, at_once)):
+                latents_BFhwC = torch.stack([row.latents_FhwC for row in some])
+                yield from decode_scenes(tokenizer, latents_BFhwC, bucket.alone)
 
     def metadata(self, numbers: Iterable[int]) -> list[dict]:
         """All but the latents of these rows, as plain values; the fields are those of `Row`."""
