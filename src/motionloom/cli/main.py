@@ -68,15 +68,14 @@ Recipe = Annotated[
     str,
     typer.Argument(
         metavar="RECIPE",
-        help="A YAML file, or the name of one that comes along: quickstart, quickstart_vtp, clips, shapeworld, "
-        "lightning, causal, factorized_256; first_frame, keyframes, extend, extend_back, inpaint, outpaint, conditions, "
-        "ic_lora; scenes, scenes_pretrain, scenes_sft, scenes_lora; sound, t2av, v2a, a2v, t2a, "
-        "audio_extend, audio_inpaint, a2a, av2av; lora_shape, lora_wan, "
+        help="A YAML file, or the name of one that comes along: quickstart, quickstart_vtp, clips, "
+        "shapeworld, lightning, causal, factorized_256; first_frame, keyframes, extend, extend_back, "
+        "inpaint, outpaint, conditions, ic_lora; scenes, scenes_pretrain, scenes_sft, scenes_lora; sound, "
+        "t2av, v2a, a2v, t2a, audio_extend, audio_inpaint, a2a, av2av; lora_shape, lora_wan, "
         "lora_cogvideox, lora_ltx2; endless, causal_teacher, causvid_ode, causvid_dmd, self_forcing, "
-        "self_forcing_sid, self_forcing_gan, self_forcing_long, self_forcing_live, "
-        "self_forcing_frame, self_forcing_scenes, self_forcing_sound, "
-        "causal_consistency, few_step; wan, wan_14b, causvid_ode_wan, causvid_dmd_wan, self_forcing_wan; "
-        "vtp_shapeworld, vtp_emoji, vtp_decoder, vtp_b",
+        "self_forcing_sid, self_forcing_gan, self_forcing_long, self_forcing_live, self_forcing_frame, "
+        "self_forcing_scenes, self_forcing_sound, causal_consistency, few_step; wan, wan_14b, "
+        "causvid_ode_wan, causvid_dmd_wan, self_forcing_wan; vtp_shapeworld, vtp_emoji, vtp_decoder, vtp_b",
     ),
 ]
 Overrides = Annotated[
