@@ -303,7 +303,7 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
         load_tokenizer(tmp_path / "nothing")
 
 
-def test_the_oracle_still_reads_shapeworld_behind_the_quickstarts_tokenizer() -> None:
+def test_the_oracle_still_reads_shapeworld_behind_a_fitted_tokenizer() -> None:
     world = World.quickstart()
 
     def rendered(count: int, split: str) -> tuple[np.ndarray, list]:

@@ -105,9 +105,11 @@ def run(
     as_json: bool,
 ) -> None:
     """Everything; writes report.json and index.html into ``out``."""
+    from motionloom.cli.assemble import recipe_spec
     from motionloom.cli.quickstart_report import finish
     from motionloom.data.cache import build_cache, open_cache
     from motionloom.parallel import start_ranks
+    from motionloom.train import checkpoint
 
     name = "quickstart_vtp" if data is None else "clips"
     # As JSON, so that YAML does not read a folder named 7 as a number.
@@ -116,10 +118,15 @@ def run(
     wish = Wish(
         name, (*compiles, *overrides, f"output_dir={folder}", f"experiment_name={run_name}", f"seed={seed}")
     )
-    wish.recipe()  # what is wrong with it is said before anything is made
+    recipe_spec(wish.recipe())  # what is wrong with it is said before anything is made
     diary = Diary(Out(as_json), new_folder(out))
     note, whose = out / "clips.txt", "ShapeWorld" if data is None else str(data.resolve())
     _refuse_others(note, whose)
+    if begun := checkpoint.latest(out):
+        diary.console.note(f"going on from {begun.name}, with the recipe and the steps that it began with")
+        if overrides:
+            diary.console.note(f"not applied: {' '.join(overrides)}; they need a run of their own (--out)")
+        wish = Wish(str(begun / "recipe.yaml"), ())
     if data is None:
         with diary.stage("world", f"{sizes.clips} captioned clips of ShapeWorld"):
             entries = _world(wish.recipe(), sizes.clips, out, diary)
@@ -133,7 +140,7 @@ def run(
         diary.report["clips"] = {"cached": len(open_cache(out / "cache")), "skipped": made.skipped.skipped}
         skipped(diary.console, made.skipped.lines() if len(made.skipped) else [])
     with start_ranks() as ranks:
-        recipe = _with_steps(wish, sizes.minutes, overrides, out, ranks, diary)
+        recipe = wish.recipe() if begun else _with_steps(wish, sizes.minutes, out, ranks, diary)
         if data is None and recipe.train.max_steps < FEW_STEPS:
             diary.console.note(
                 f"the README's figures took {README_STEPS} steps: for such clips give more --minutes"
@@ -164,7 +171,7 @@ def _summary(report: dict[str, Any]) -> list[str]:
         rates = ", ".join(f"{name} {rate:.0%}" for name, rate in adherence.items())
         lines.append(f"as asked: {rates} ({report['protocol']})")
         if "all" in (new := report.get("unseen_by_the_tokenizer_too", {})):
-            lines.append(f"of the {new['prompts']} that are new to the tokenizer too: all {new['all']:.0%}")
+            lines.append(f"new to the tokenizer too: {new['prompts']} of the prompts, all {new['all']:.0%}")
     if losses := report["heldout_loss"]:
         lines.append(f"held-out loss {losses['first']:.3f} -> {losses['last']:.3f}")
     stages = ", ".join(f"{name} {duration(seconds)}" for name, seconds in report["seconds"].items())
@@ -204,19 +211,8 @@ def _own_clips(
     return wish.but(video__fps=fps), entries
 
 
-def _with_steps(
-    wish: Wish, minutes: float, overrides: list[str], out: Path, ranks: Any, diary: Diary
-) -> Recipe:
-    """Count how many steps fit into ``minutes`` on this machine; a run that has begun keeps its count."""
-    from motionloom.config import load_recipe
-    from motionloom.train import checkpoint
-
-    begun = checkpoint.latest(out)
-    if begun is not None:
-        diary.console.note(f"going on from {begun.name}, with the recipe and the steps that it began with")
-        if overrides:
-            diary.console.note(f"not applied: {' '.join(overrides)}; they need a run of their own (--out)")
-        return load_recipe(begun / "recipe.yaml")
+def _with_steps(wish: Wish, minutes: float, out: Path, ranks: Any, diary: Diary) -> Recipe:
+    """Count how many steps fit into ``minutes`` on this machine."""
     recipe = wish.recipe()
     first = "compiling, then some real steps" if recipe.train.compile else "some real steps"
     with diary.stage("calibrate", f"{first}, to count how many fit"):

@@ -133,7 +133,8 @@ def open_tokenizer(config: TokenizerConfig) -> Tokenizer:
     kind = _saved_kind(folder)
     if kind and kind != config.type:
         raise UserError(
-            f"{folder}: is a {kind} tokenizer and tokenizer.type is {config.type}: set the type to {kind}"
+            f"{folder}: is a {kind} tokenizer and tokenizer.type is {config.type}: set the type to {kind}, "
+            "or another tokenizer.name_or_path (nothing behind its =: none)"
         )
     if config.type in VAES:
         tokenizer: Tokenizer = VaeTokenizer.open(VAES[config.type], folder, VaeSettings.of(config))

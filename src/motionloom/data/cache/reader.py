@@ -141,9 +141,13 @@ class Cache:
         return [Row(**row, latents_FhwC=x_FhwC) for row, x_FhwC in zip(told, latents, strict=True)]
 
     def decoded(self, numbers: Iterable[int], tokenizer: Tokenizer) -> Iterator[Tensor]:
-        """What :meth:`Row.decode` gives, for each of these rows in order; neighbours alike go together."""
+        """What :meth:`Row.decode` gives, for each of these rows in order; neighbours alike go together.
+
+        Equal to it but for the order of sums. Rows of sound alone have no pixels.
+        """
         for bucket, alike in itertools.groupby(numbers, key=self.bucket_of):
-            at_once = max(1, PIXELS_AT_ONCE // (bucket.frames * bucket.height * bucket.width or 1))
+            assert not bucket.is_sound, bucket
+            at_once = max(1, PIXELS_AT_ONCE // (bucket.frames * bucket.height * bucket.width))
             while some := self.rows(itertools.islice(alike, at_once)):
                 latents_BFhwC = torch.stack([row.latents_FhwC for row in some])
                 yield from decode_scenes(tokenizer, latents_BFhwC, bucket.alone)
