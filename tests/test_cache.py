@@ -20,7 +20,7 @@ import torch
 
 from cached import FPS, make_clip, make_world, recipe
 from motionloom.data.buckets import Bucket, closest_size, longest_fit
-from motionloom.data.cache import build_cache, open_cache
+from motionloom.data.cache import build_cache, open_cache, reader
 from motionloom.data.cache.build import require_folder
 from motionloom.data.manifest import ManifestEntry, Scene, read_entry
 from motionloom.errors import UserError
@@ -461,7 +461,7 @@ def test_shift_fraction_zero_is_the_centre(tmp_path: Path) -> None:
     assert rows_of(tmp_path / "shifted")[0]["latents"] == rows_of(tmp_path / "centre")[0]["latents"]
 
 
-def test_buckets_of_size_and_length(tmp_path: Path) -> None:
+def test_buckets_of_size_and_length(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wide = make_world(tmp_path / "wide", 2, width=64)
     long = [replace(e, id="long" + e.id) for e in make_world(tmp_path / "long", 2, frames=19)]
     short = [replace(e, id="short" + e.id) for e in make_world(tmp_path / "short", 1, frames=7)]
@@ -486,8 +486,10 @@ def test_buckets_of_size_and_length(tmp_path: Path) -> None:
     assert cache.row(0).latents_FhwC.shape == (2, 4, 8, 12)
     assert cache.verify() == []
     order, tokenizer = [5, 2, 3, 4, 0, 6, 1, 1], cache.tokenizer()
-    for row, pixels in zip(cache.rows(order), cache.decoded(order, tokenizer), strict=True):
-        assert torch.equal(pixels, row.decode(tokenizer))
+    for at_once in (2**20, 1):
+        monkeypatch.setattr(reader, "PIXELS_AT_ONCE", at_once)
+        for row, pixels in zip(cache.rows(order), cache.decoded(order, tokenizer), strict=True):
+            assert torch.equal(pixels, row.decode(tokenizer))
 
 
 def test_stride_takes_every_nth_frame(tmp_path: Path) -> None:

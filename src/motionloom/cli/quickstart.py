@@ -132,7 +132,7 @@ def run(
             entries = _world(wish.recipe(), sizes.clips, out, diary)
     else:
         with diary.stage("ingest", f"clips in {data}"):
-            wish, entries = _own_clips(data, wish, out, keep, diary)
+            wish, entries = _own_clips(data, wish, out, keep, diary, fit=not begun)
     write_atomic(note, whose.encode())  # not before there are any: a path may be a slip
     recipe = wish.recipe()
     with diary.stage("cache", "pixels to latents"), diary.console.stages() as advance:
@@ -189,8 +189,9 @@ def _world(recipe: Recipe, clips: int, out: Path, diary: Diary) -> list[Manifest
 
 
 def _own_clips(
-    data: Path, wish: Wish, out: Path, keep: list[str], diary: Diary
+    data: Path, wish: Wish, out: Path, keep: list[str], diary: Diary, *, fit: bool
 ) -> tuple[Wish, list[ManifestEntry]]:
+    """The clips, cut into windows, and the wish at a rate that fits them: its own unless ``fit``."""
     from motionloom.cli.data import attribute_filter
     from motionloom.data.ingest import ingest
     from motionloom.data.manifest import write_manifest
@@ -205,7 +206,7 @@ def _own_clips(
         raise UserError(f"{data}: no clip of it can be used; the lines above say why")
     diary.report["ingest"] = {"clips": len(entries), "skipped": problems.skipped}
     video = wish.recipe().video
-    fps = fitting_fps(entries, video.num_frames, video.fps)
+    fps = fitting_fps(entries, video.num_frames, video.fps) if fit else video.fps
     entries = cut_into_windows(entries, video.num_frames / fps)
     write_manifest(out / "manifest.jsonl", entries)
     return wish.but(video__fps=fps), entries

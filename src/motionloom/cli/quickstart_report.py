@@ -71,7 +71,7 @@ def finish(parts: Parts, out: Path, is_world: bool, prompts: int, shown: int, di
     with diary.stage("generate", f"{len(wishes.prompts)} {wishes.title.lower()}"):
         clips = _generate(model, wishes, diary)
     with diary.stage("judge", "reading the clips back, and looking for copies of training clips"):
-        marks = _judge(parts, model, wishes, clips, diary) if wishes.world else [{} for _ in clips]
+        marks = _judge(model, wishes, clips, diary) if wishes.world else [{} for _ in clips]
         made = Made(clips, marks, _nearest(parts, model, clips[:shown]))
     with diary.stage("pictures", "clips and sheets to disk"):
         samples = _pictures(parts, out, wishes, made)
@@ -118,9 +118,7 @@ def _generate(model: Model, wishes: Wishes, diary: Diary) -> list[np.ndarray]:
         return [clip.numpy() for clip in made]
 
 
-def _judge(
-    parts: Parts, model: Model, wishes: Wishes, clips: list[np.ndarray], diary: Diary
-) -> list[dict[str, bool]]:
+def _judge(model: Model, wishes: Wishes, clips: list[np.ndarray], diary: Diary) -> list[dict[str, bool]]:
     """Adherence of the clips, and what the oracle still reads after the tokenizer alone."""
     import torch
 
@@ -136,7 +134,7 @@ def _judge(
         k: v for k, v in rates.items() if k not in diary.report["prompt_adherence"]
     }
     diary.report["protocol"] = f"{PROTOCOL}, {len(clips)} prompts of held-out combinations, EMA weights"
-    if parts.recipe.tokenizer.name_or_path == KNOWS_SHAPEWORLD:
+    if model.recipe.tokenizer.name_or_path == KNOWS_SHAPEWORLD:
         diary.report["unseen_by_the_tokenizer_too"] = _new_to_the_tokenizer(result, wishes.facts)
     specs = [world.sample(model.recipe.seed, n, "test") for n in range(len(clips))]
     real = torch.stack([torch.from_numpy(render_video(spec)) for spec in specs])
